@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'EMPTY', 'RIGHT', 'MESSAGES', 'Selection', 'NothingToLearn', 'Built', 'keep', 'ledger', 'hash_texts',
            'hashed', 'distinct', 'winners', 'losers', 'own_contexts', 'cross', 'take_texts', 'hybrid_pairs',
-           'own_pairs', 'pooled_pairs', 'teach', 'hybrid_positives', 'own_positives', 'to_arrow']
+           'own_pairs', 'pooled_pairs', 'bare_questions', 'reward_pairs', 'teach', 'hybrid_positives', 'own_positives',
+           'to_arrow']
 
 # %% ../nbs/api/06_pairs.ipynb #af15d638
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .rewards import check_turns, seeded_draw
+from .rewards import bare_question, check_turns, problem_facts, seeded_draw
 
 # %% ../nbs/api/06_pairs.ipynb #bda8bad1
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Selection:
     "Which answers are learnt from, and how many."
     score:str='correct'   # the score that tells right from wrong: right above 1/2
     order:str=''          # the score that ranks them, highest first; '' draws the order. Mars-PO: a 72 B reward model
-    n_positives:int=2     # right answers per problem, 0 for all; Mars-PO is silent
+    verified:bool=True    # chosen answers must be right; False takes the best by `order`, right or wrong
+    n_positives:int=2     # chosen answers per problem, 0 for all; Mars-PO is silent
     n_negatives:int=2     # wrong answers per problem, 0 for all, always drawn; Mars-PO is silent
     n_pairs:int=4         # pairs per problem, 0 for all; Mars-PO is silent
     by:str='problem_id'   # what a pair has in common: its 'problem_id', or its 'context_id' (MALT's siblings)
@@ -34,6 +36,7 @@ class Selection:
         for name in ('n_positives', 'n_negatives', 'n_pairs'):
             if getattr(self, name) < 0: raise ValueError(f'{name} must be 0 (for all) or more, not {getattr(self, name)}')
         if self.by not in ('problem_id', 'context_id'): raise ValueError(f"by must be 'problem_id' or 'context_id', not {self.by!r}")
+        if not self.verified and not self.order: raise ValueError("verified=False needs an order, the score that ranks the answers (order='reward'): else right and wrong ones would be drawn alike")
 
     @property
     def scores(self)->list[str]:
@@ -116,9 +119,9 @@ def winners(
     agents:list=None,     # whose; None for all
     selection:Selection=Selection(),
 )->Built: # the turns without their texts but with their `row`, problem by problem, the best first
-    "Right answers that may be imitated: $G^w$."
+    "Answers that may be imitated, right ones unless `verified` is off: $G^w$."
     turns,rows,fates = _candidates(turns, agents, selection)
-    rows = keep(rows, rows[selection.score] > RIGHT, 'wrong', fates)
+    if selection.verified: rows = keep(rows, rows[selection.score] > RIGHT, 'wrong', fates)
     rows = keep(rows, rows['finish_reason'] == 'stop', 'cut off', fates)
     rows = keep(rows, rows['text_hash'] != EMPTY, 'empty', fates)
     return _first_n(turns, rows, selection.n_positives, selection, selection.order, 'chosen', fates)
@@ -202,7 +205,7 @@ def cross(
     chosen:Built,         # as `winners` selects them
     rejected:Built,       # as `losers` selects them
     prompts:pd.DataFrame, # as `own_contexts` finds them
-    agent:str,            # who is to learn
+    agent:str,            # who is to learn; '' for a reward model
     selection:Selection=Selection(),
 )->Built: # pairs, problem by problem
     "Pair chosen with rejected answers, under the prompts of the agent that is to learn."
@@ -250,8 +253,9 @@ def _fates_of_problems(prompts, w, l, paired): # how many problems had each fate
 
 # %% ../nbs/api/06_pairs.ipynb #185bcc81
 def _no_pairs(agent, problems):
+    whose = f'agent {agent!r}' if agent else 'the reward model'
     lost = ', '.join(f'{n} {fate}' for fate, n in problems.items() if n) or 'none'
-    return (f"no pairs for agent {agent!r} from {sum(problems.values())} problems ({lost}): a pair needs a right, finished answer and a wrong one "
+    return (f"no pairs for {whose} from {sum(problems.values())} problems ({lost}): a pair needs a right, finished answer and a wrong one "
             "to the same problem, so sample more answers per problem, or problems that are sometimes solved")
 
 # %% ../nbs/api/06_pairs.ipynb #ef827add
@@ -320,6 +324,28 @@ def pooled_pairs(
     "Everybody's right answers with everybody's wrong ones."
     turns = hashed(turns)
     return cross(turns, winners(turns, None, selection), losers(turns, None, selection), own_contexts(turns, contexts, agent, selection.by), agent, selection)
+
+# %% ../nbs/api/06_pairs.ipynb #916489a0
+def bare_questions(
+    turns:pd.DataFrame,    # with `problem_id`
+    problems:pd.DataFrame, # with `question`
+)->pd.DataFrame: # a row per problem: `key, context_id, prompt`, as `own_contexts`; there is no context, so its id is ''
+    "How a reward model is asked each problem that was answered."
+    asked = problem_facts(turns, problems, 'question').loc[turns['problem_id'].unique(), 'question']
+    prompts = pa.array([bare_question(q) for q in asked], type=MESSAGES)
+    return pd.DataFrame(dict(key=asked.index, context_id='', prompt=_column(prompts)))
+
+# %% ../nbs/api/06_pairs.ipynb #88f0e200
+def reward_pairs(
+    turns:pd.DataFrame,    # scored turns of the whole team
+    problems:pd.DataFrame, # the problems they answered
+    selection:Selection=Selection(),
+)->Built: # pairs of no agent: `agent` and `context_id` are ''
+    "Everybody's right answers with everybody's wrong ones, under the bare question."
+    if selection.by != 'problem_id' or not selection.verified: raise ValueError(
+        f"a reward model learns right over wrong answers to one problem: the selection must have by='problem_id' and verified=True, not {selection.by!r} and {selection.verified}")
+    turns = hashed(turns)
+    return cross(turns, winners(turns, None, selection), losers(turns, None, selection), bare_questions(turns, problems), '', selection)
 
 # %% ../nbs/api/06_pairs.ipynb #92a9914e
 def teach(

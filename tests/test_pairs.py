@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapo.pairs import (MESSAGES, NothingToLearn, Selection, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
-                        own_pairs, own_positives, pooled_pairs, teach, to_arrow, winners)
+                        own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners)
 from mapo.rewards import example_turns
 
 AGENTS = ['ada', 'bob', 'cid']
@@ -91,6 +91,48 @@ def test_every_exclusion_of_examples_is_counted(build):
     assert counts.query("part == 'examples' and fate == 'taught'")['count'].sum() == len(table)
     assert set(table.problem_id) <= set(turns.problem_id[turns.agent == 'ada'])
     assert table.prompt.notna().all()
+
+
+def slowly_best(turns, n):
+    "By problem: the `n` distinct finished texts of the highest mean reward, right or wrong."
+    rewards, finished = defaultdict(list), defaultdict(bool)
+    for t in turns[turns.correct.notna()].itertuples():
+        rewards[t.problem_id, t.text.strip()].append(t.reward)
+        finished[t.problem_id, t.text.strip()] |= t.finish_reason == 'stop'
+    best = defaultdict(set)
+    for (problem, text), _ in sorted(rewards.items(), key=lambda kv: -np.mean(kv[1])):
+        if text and finished[problem, text] and len(best[problem]) < n: best[problem].add(text)
+    return best
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ranked_only_takes_the_highest_reward_right_or_wrong(seed):
+    turns, contexts = random_turns(seed)
+    selection = replace(EVERY, verified=False, order='reward', n_positives=2)
+    best, wrong = slowly_best(turns, 2), slowly(turns, ['ada'], False)
+    asked = set(turns.problem_id[turns.agent == 'ada'])
+    table, counts = hybrid_pairs(turns, contexts, 'ada', selection)
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
+    assert len(got) == len(set(got)) and set(got) == {(p, w, l) for p in asked for w, l in product(best[p], wrong[p]) if w != l}
+    assert 'wrong' not in set(counts.query("part == 'chosen'").fate) and counts.query("part == 'chosen'")['count'].sum() == len(turns)
+    assert losers(turns, ['ada'], selection).table.equals(losers(turns, ['ada'], replace(selection, verified=True)).table)
+
+
+@pytest.mark.parametrize('selection', [EVERY, Selection(n_positives=1, n_negatives=2, n_pairs=2, seed=3)])
+def test_reward_pairs_are_right_over_wrong_under_the_bare_question(selection):
+    turns, _ = random_turns(3)
+    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(question=lambda p: 'what is ' + p.problem_id)
+    table, counts = reward_pairs(turns, problems, selection)
+    right, wrong = slowly(turns, AGENTS, True), slowly(turns, AGENTS, False)
+    everything = {(p, w, l) for p in right for w, l in product(right[p], wrong[p]) if w != l}
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
+    assert len(got) == len(set(got)) and set(got) <= everything and (selection != EVERY or set(got) == everything)
+    assert all(prompt == [dict(role='user', content=f'what is {p}')] for prompt, p in zip(table.prompt, table.problem_id))
+    assert (table.agent == '').all() and (table.context_id == '').all() and set(table.chosen_agent) == set(AGENTS)
+    total = counts.groupby('part')['count'].sum()
+    assert total['chosen'] == total['rejected'] == len(turns) and total['problems'] == turns.problem_id.nunique()
+    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum() and (counts.agent == '').all()
+    assert table.equals(reward_pairs(turns, problems, selection).table)
 
 
 def test_equal_texts_are_averaged_before_they_are_labelled():
