@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'EMPTY', 'RIGHT', 'MESSAGES', 'Selection', 'NothingToLearn', 'Built', 'keep', 'ledger', 'hash_texts',
            'hashed', 'distinct', 'winners', 'losers', 'own_contexts', 'cross', 'take_texts', 'hybrid_pairs',
            'own_pairs', 'pooled_pairs', 'bare_questions', 'reward_pairs', 'teach', 'hybrid_positives', 'own_positives',
-           'to_arrow']
+           'with_mistakes', 'to_arrow']
 
 # %% ../nbs/api/06_pairs.ipynb #af15d638
 from dataclasses import dataclass
@@ -387,6 +387,20 @@ def own_positives(
     "The agent's own right answers as examples (rejection sampling, STaR)."
     turns = hashed(turns)
     return teach(turns, winners(turns, [agent], selection), own_contexts(turns, contexts, agent, selection.by), agent, selection)
+
+# %% ../nbs/api/06_pairs.ipynb #830f9753
+def with_mistakes(
+    turns:pd.DataFrame, # scored turns of the whole team
+    agent:str,          # who is to learn
+    selection:Selection=Selection(), # whose `score` tells right from wrong
+)->Built: # turns; the counts say how many problems went
+    "The turns on problems to which the agent itself gave a wrong answer."
+    _check_agent(turns, agent)
+    wrong = turns[selection.by][(turns['agent'] == agent) & (turns[selection.score] <= RIGHT)]
+    fates,asked = {},pd.Series(turns[selection.by].unique())
+    found = keep(asked, asked.isin(wrong), 'no mistake of its own', fates)
+    if found.empty: raise NothingToLearn(f'nothing to learn for agent {agent!r}: it made no mistake on any of {len(asked)} problems, so give it harder ones')
+    return Built(turns[turns[selection.by].isin(found)], _of_agent(ledger('problems', fates), agent))
 
 # %% ../nbs/api/06_pairs.ipynb #def11bc3
 def to_arrow(
