@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mapo.evaluation import accuracy, cluster_interval, compact, compare, holm, majority, mcnemar, paired, paired_bootstrap, pass_at_k, wilson
+from mapo.evaluation import accuracy, check_rows, cluster_interval, compact, compare, compare_checkpoints, differences, holm, majority, mcnemar, paired, paired_bootstrap, pass_at_k, pool, wilson
 
 runs = 4000  # a coverage of 95 % is measured to +-.0034 (one standard error), a level of 5 % likewise
 
@@ -41,6 +41,48 @@ def test_intervals_over_seeds_and_problems_cover():
     q = np.clip(.6 + seed_effect + problem_effect + rng.normal(0, .1, (2000, 5, 300)), 0, 1)
     m, se, low, high = cluster_interval(rng.binomial(8, q)/8)
     assert .93 <= ((low <= .6) & (.6 <= high)).mean() <= .985  # t over five seeds, a little on the wide side
+
+
+def teams(rng, p, runs=4000):
+    "Accuracy per problem of two equal arms: (runs, arms, 5 seeds, 256 problems), means over 3 agents and 4 samples. Problems are hard for all, checkpoints lucky on all problems."
+    hard = 1 + .8*rng.uniform(-1, 1, (runs, 1, 1, 1, 256)) if p == .5 else rng.gamma(.5, 2, (runs, 1, 1, 1, 256))
+    luck = rng.uniform(.85, 1.15, (runs, 2, 5, 3, 1))  # of an arm's, a seed's and an agent's training
+    return 1 - rng.binomial(4, np.clip((1 - p)*hard*luck, 0, 1)).mean(3)/4
+
+
+@pytest.mark.parametrize('p', [.5, .99])
+def test_five_seeds_of_three_agents_on_256_problems(p):
+    rng, covered, level, by_z = np.random.default_rng(12), [], [], []
+    for _ in range(8):
+        x = teams(rng, p, runs//8)
+        m, se, low, high = cluster_interval(x[:, 0])
+        d = x[:, 0] - x[:, 1]
+        covered += [(low <= p) & (p <= high)]
+        level += [paired(d).p < .05]
+        by_z += [abs(d.mean((1, 2))) > 1.96*stats.sem(d.mean(2), axis=1)]
+    assert .93 <= np.mean(covered) <= (.97 if p == .5 else .995)  # few rare errors: on the wide side, as for one seed
+    assert abs(np.mean(level) - .05) < .0105
+    assert np.mean(by_z) > .09  # the same check tells a normal quantile from Student's
+
+
+def test_the_checks_above_can_fail():
+    rng = np.random.default_rng(13)
+    x = answers(rng, (runs, 500), .5, .3)
+    low, high = wilson(8*x.sum(-1), 8*500)
+    assert ((low <= .5) & (.5 <= high)).mean() < .9  # eight answers to a problem taken for eight problems
+    d = np.subtract(*teams(rng, .5, 500).swapaxes(0, 1)).reshape(500, -1)
+    assert (stats.ttest_1samp(d, 0, axis=-1).pvalue < .05).mean() > .2  # problems of five seeds taken for independent ones
+    family = np.array([p.min() < .05 for p in rng.uniform(size=(4000, 5))])
+    assert family.mean() > .15  # five comparisons uncorrected
+
+
+def test_seeds_that_share_their_base_agents_promise_too_much():
+    "What is known of the t interval's one assumption: of five seeds two share what they began with, as a share of the variance between seeds."
+    rng, level = np.random.default_rng(14), {}
+    for share in (0, .5, 1):
+        base, own = rng.normal(0, share**.5, (20_000, 4)), rng.normal(0, (1 - share)**.5, (20_000, 5))
+        level[share] = (paired((base[:, [0, 0, 1, 2, 3]] + own)[..., None]*[1., 1.]).p < .05).mean()
+    assert abs(level[0] - .05) < .005 and .06 < level[.5] < .085 and .09 < level[1] < .12
 
 
 @pytest.mark.parametrize('p', [.5, .99])
@@ -119,3 +161,34 @@ def test_majority_ignores_row_order_and_survives_odd_labels():
     one, two = majority(table), majority(table.sample(frac=1, random_state=1))
     pd.testing.assert_frame_equal(one, two)
     assert set(one.maj) == {0., 1.}
+
+
+@pytest.fixture(scope='module')
+def rows():
+    rng = np.random.default_rng(15)
+    keys = pd.MultiIndex.from_product([['base', 'mars_po'], range(5), ['a', 'b', 'c'], [f'p{i:03}' for i in range(40)]], names=['arm', 'seed', 'agent', 'problem_id']).to_frame(index=False)
+    return keys.assign(iteration=(keys.arm == 'mars_po')*3, n=4, c=rng.binomial(4, .5, len(keys)), greedy=rng.binomial(1, .5, len(keys)).astype(float))
+
+
+def test_a_comparison_of_seeds_is_students_test_on_their_means(rows):
+    means = rows.groupby(['arm', 'seed']).c.mean()/4
+    expected = stats.ttest_rel(means['mars_po'], means['base'])
+    table = compare(rows.sample(frac=1, random_state=0), [('mars_po', 'base')])
+    assert np.allclose(table[['p', 'low', 'high']].iloc[0], [expected.pvalue, *expected.confidence_interval()])
+    assert table.scope[0] == '5 seeds'
+
+
+def test_rows_that_repeat_are_refused_wherever_they_are_read(rows):
+    twice = pd.concat([rows, rows[(rows.seed == 1) & (rows.arm == 'base')]])
+    for read in (check_rows, pool, accuracy, lambda r: compare(r, [('mars_po', 'base')]), lambda r: compare_checkpoints(r, [('mars_po', 'base')]), lambda r: differences(r, 'base', 'mars_po')):
+        with pytest.raises(ValueError, match="120 compact rows are there twice .first: arm 'base', seed 1, iteration 0, agent 'a', problem_id 'p000'"): read(twice)
+
+
+def test_checkpoints_are_compared_seed_by_seed(rows):
+    table = compare_checkpoints(rows, [('mars_po', 'base')])
+    assert [*table.seed] == [*range(5)] and {*table.scope} == {'these checkpoints only'}
+    assert np.allclose(table.difference, differences(rows, 'mars_po', 'base').mean(axis=1))
+    most = rows[rows.seed == 2].groupby(['arm', 'problem_id']).greedy.sum().unstack('arm') >= 2
+    only = (most.mars_po & ~most.base).sum(), (most.base & ~most.mars_po).sum()
+    assert (table.only_a[2], table.only_b[2]) == only
+    assert np.isclose(table.p[2], mcnemar(most.mars_po, most.base)[2])
