@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from transformers import AutoModelForSequenceClassification
 
 from mapo.agents import Model
-from mapo.engines import Request, Sampling, TransformersEngine, load_model, load_tokenizer, save_model
+from mapo.engines import (Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model, load_tokenizer, new_reward_model,
+                          save_model)
 
 PRODUCTS = Model('products', 'tiny:products')
 QUESTIONS = [f'{a}*{b}+{c}*{d}-{e}' for a, b, c, d, e in np.random.default_rng(0).integers(2, 10, (40, 5))]
@@ -100,3 +102,86 @@ def test_gguf(tmp_path, monkeypatch):
     answer = TransformersEngine(model, progress=False).generate([ask('What is the capital of France?')], Sampling(temperature=0, max_tokens=16))[0][0]
     assert 'Paris' in answer.text
     assert len(list((tmp_path/'cache').iterdir())) == 1
+
+
+def talk(question, answer): return [dict(role='user', content=question), dict(role='assistant', content=answer)]
+
+
+TALKS = [talk(q, '12'*(i % 7) + '#### 3') for i, q in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope='module')
+def judge(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('judge')
+    save_model(*new_reward_model(PRODUCTS, seed=0, device='cpu'), folder)
+    return Model('judge', str(folder))
+
+
+def scores(model, talks, **settings): return RewardScorer(model, device='cpu', progress=False, **settings).score(talks)
+
+
+def test_a_score_is_the_head_on_the_last_token_of_one_conversation(judge):
+    "One conversation at a time, from the hidden states, without padding: what batches of any size must give."
+    net,tokenizer = load_reward_model(judge, 'cpu')
+    for row, number in zip(TALKS, scores(judge, TALKS)):
+        ids = tokenizer.apply_chat_template(row, return_tensors='pt', return_dict=False)
+        with torch.no_grad(): expected = float(net.score(net.model(ids).last_hidden_state[0, -1]))
+        assert number == pytest.approx(expected, abs=1e-5)
+
+
+def test_neither_batch_nor_padding_side_changes_a_score(judge, tmp_path):
+    whole = scores(judge, TALKS)
+    assert len(set(whole.round(6))) > 30
+    assert np.allclose(scores(judge, TALKS[::-1], token_budget=100)[::-1], whole, atol=1e-5)
+    for side in ('left', 'right'):
+        net,tokenizer = load_reward_model(judge, 'cpu')
+        tokenizer.padding_side = side
+        save_model(net, tokenizer, tmp_path/side)
+        assert np.allclose(scores(Model(side, str(tmp_path/side)), TALKS), whole, atol=1e-5)
+
+
+def test_an_encoder_scores_the_same_alone_and_in_a_batch(tmp_path):
+    "Absolute positions, as in BERT, would go wrong under left padding."
+    from transformers import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(PRODUCTS)
+    save_model(BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                                        max_position_embeddings=128, num_labels=1, pad_token_id=0)), tokenizer, tmp_path)
+    model = Model('bert', str(tmp_path))
+    assert np.allclose(np.concatenate([scores(model, [t]) for t in TALKS]), scores(model, TALKS), atol=1e-5)
+
+
+def test_models_that_are_no_reward_models_are_refused(judge, tmp_path):
+    with pytest.raises(ValueError, match="model 'products' is no reward model: tiny:products has no weights score.weight"): scores(PRODUCTS, TALKS)
+    net,tokenizer = load_reward_model(judge, 'cpu')
+    net.config.num_labels = 2
+    save_model(AutoModelForSequenceClassification.from_config(net.config), tokenizer, tmp_path/'two')
+    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer, a reward model gives 1"): scores(Model('two', str(tmp_path/'two')), TALKS)
+    tokenizer.save_pretrained(tmp_path/'bare')
+    net.config.save_pretrained(tmp_path/'bare')
+    with pytest.raises(ValueError, match="model 'bare': .* has no \\*.safetensors weights"): scores(Model('bare', str(tmp_path/'bare')), TALKS)
+    with pytest.raises(ValueError, match='has a LoRA adapter'): scores(Model('adapted', judge.path, adapter=str(tmp_path/'bare')), TALKS)
+    with pytest.raises(ValueError, match='window of 1024 tokens: 1 of 41 conversations are longer, first number 40'): scores(judge, [*TALKS, talk('1', '1'*1100)])
+    for file in (tmp_path/'two').glob('chat_template*'): file.unlink()
+    with pytest.raises(ValueError, match='has no chat template'): scores(Model('two', str(tmp_path/'two')), TALKS)
+
+
+def test_a_new_head_is_seeded_whatever_was_drawn_before(capfd):
+    first = new_reward_model(PRODUCTS, seed=3, device='cpu')[0].state_dict()
+    torch.rand(5)
+    again = new_reward_model(PRODUCTS, seed=3, device='cpu')[0].state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    backbone = load_model(PRODUCTS, 'cpu')[0].state_dict()
+    assert all(torch.equal(first[k], backbone[k]) for k in first if k != 'score.weight')
+    assert .01 < first['score.weight'].std() < .03
+    assert capfd.readouterr() == ('', '')
+
+
+def test_a_backbone_that_lacks_weights_is_not_taken_for_one_without_a_head(tmp_path):
+    from safetensors.torch import load_file, save_file
+    net,tokenizer = load_model(PRODUCTS, 'cpu')
+    file = save_model(net, tokenizer, tmp_path)/'model.safetensors'
+    weights = load_file(file)
+    del weights['model.norm.weight']
+    save_file(weights, file, metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='lacks 1 of its weights, first model.norm.weight: only a score head may be missing'): new_reward_model(Model('torn', str(tmp_path)))

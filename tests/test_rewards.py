@@ -5,7 +5,8 @@ import pytest
 
 from mapo import rewards
 from mapo.answers import Grader
-from mapo.rewards import agrees, canonical_answers, example_turns, flip_labels, grade, seeded_draw, vote, with_scores
+from mapo.rewards import (agrees, canonical_answers, concordance, example_turns, flip_labels, grade, order_among_right, reward, reward_table, seeded_draw,
+                          vote, with_scores)
 
 PROBLEMS = pd.DataFrame(dict(problem_id=['p1', 'p2'], question='?', answer=['42', '1'], kind='number'))
 
@@ -100,3 +101,80 @@ def test_flipping_everything_and_nothing():
 def test_canonical_answers_are_row_by_row():
     said = turns().assign(answer=['1.0', '1', None, '1,000']*2)
     assert canonical_answers(said, PROBLEMS).fillna('none').tolist() == ['1', '1', 'none', '1000']*2
+
+
+class Spy:
+    "A scorer that remembers what it was shown."
+    model_key = 'spy-1'
+
+    def __init__(self): self.shown = []
+
+    def score(self, conversations):
+        self.shown += conversations
+        return np.arange(len(conversations), dtype=float)
+
+
+def test_a_reward_model_is_shown_the_bare_question_and_one_answer_once():
+    said, spy = turns(), Spy()
+    rewards = reward(pd.concat([said, said.assign(turn_id=lambda t: t.turn_id + '-again')]), PROBLEMS.assign(question=['6*7', '5-4']), spy)
+    assert spy.shown == [[dict(role='user', content=q), dict(role='assistant', content=a)] for q, a in
+                         [('6*7', 'The answer is 42.'), ('6*7', 'The answer is 4.'), ('5-4', 'The answer is 1.'), ('5-4', '')]]
+    assert rewards.value.tolist() == [0, 1, 2, 3]*4 and set(rewards.name) == {'reward'} and set(rewards.scorer_key) == {'spy-1'}
+    assert 'ada' not in str(spy.shown) and 'bob' not in str(spy.shown)
+
+
+@pytest.mark.parametrize('numbers,match', [
+    (lambda n: np.full(n, np.nan), "gave nan to turn 'ada-p1-0', and no number to 4 of 4"), (lambda n: np.array([0, np.inf, 1, 2]), "gave inf to turn 'ada-p1-1'"),
+    (lambda n: np.zeros(n), 'the same number, 0, to all 4 answers: it cannot rank them'), (lambda n: np.zeros((n, 2)), 'shape \\(4, 2\\) for 4 answers'),
+    (lambda n: np.arange(n - 1), 'shape \\(3,\\) for 4 answers')])
+def test_a_reward_that_cannot_be_used_is_refused_by_name(numbers, match):
+    scorer = Spy()
+    scorer.score = lambda conversations: numbers(len(conversations))
+    with pytest.raises(ValueError, match=f"reward model 'spy-1' gave .*{match}|{match}"): reward(turns(), PROBLEMS, scorer)
+
+
+def test_one_answer_may_have_any_reward_and_no_turns_none():
+    one = example_turns({'ada': {'p1': ['x', 'x']}})
+    assert reward(one, PROBLEMS, Spy()).value.tolist() == [0, 0]
+    scorer = Spy()
+    scorer.score = lambda conversations: np.empty(0)
+    assert len(reward(turns()[:0], PROBLEMS, scorer)) == 0
+
+
+def test_concordance_is_the_share_of_pairs_by_the_letter():
+    rng = np.random.default_rng(0)
+    said = example_turns({'ada': {f'p{i}': [f't{j}' for j in range(rng.integers(1, 7))] for i in range(60)}})
+    said = said.assign(good=rng.integers(0, 2, len(said)), reward=rng.integers(0, 3, len(said)).astype(float))
+    each, pairs = [], 0
+    for _, rows in said.groupby('problem_id'):
+        wins = [1. if a > b else .5 if a == b else 0. for a in rows.reward[rows.good == 1] for b in rows.reward[rows.good == 0]]
+        pairs += len(wins)
+        if wins: each.append(np.mean(wins))
+    found = concordance(said, 'good')
+    assert found['share'] == pytest.approx(np.mean(each)) and (found['problems'], found['pairs']) == (len(each), pairs)
+    doubled = pd.concat([said, said.assign(turn_id=said.turn_id + '-again', text=' ' + said.text)])
+    assert concordance(doubled, 'good') == found
+
+
+def test_only_right_answers_are_ordered():
+    said = example_turns({'ada': {'p1': list('abcd'), 'p2': list('abcd')}}).assign(correct=[1., 1., 0., 0.]*2, good=[1, 0, 0, 1]*2, reward=[2., 1., 3., 0.]*2)
+    assert order_among_right(said, 'good')['share'] == 1 and concordance(said, 'good')['share'] == .25
+    table = reward_table(said.assign(other=-said.reward), 'good', 'reward', 'other').set_index(['reward', 'question']).share
+    assert table.to_dict() == {('reward', 'right over wrong'): .5, ('reward', 'good among right'): 1., ('other', 'right over wrong'): .5, ('other', 'good among right'): 0.}
+
+
+@pytest.mark.parametrize('strength', [0., 1.5])
+@pytest.mark.parametrize('problems', [15, 60])
+def test_the_interval_of_the_concordance_covers(strength, problems):
+    "600 simulated tests of rewards whose true concordance is known (normal noise, shifted by the target, problems of differing strength)."
+    from scipy.stats import norm
+    rng, hits, differing = np.random.default_rng(1), 0, .5
+    truth = norm.cdf(strength/np.sqrt(2 + differing**2))
+    ids = np.repeat(np.arange(problems), 6)
+    said = example_turns({'ada': {f'p{i}': [f't{j}' for j in range(6)] for i in range(problems)}})
+    for _ in range(600):
+        good = rng.integers(0, 2, len(said))
+        value = rng.normal(size=len(said)) + good*(strength + differing*rng.normal(size=problems)[ids])
+        found = concordance(said.assign(good=good, reward=value), 'good')
+        hits += found['low'] <= truth <= found['high']
+    assert .92 < hits/600 < .99
