@@ -9,6 +9,7 @@ PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 # the parameters that make each paper notebook a matter of seconds; nothing else differs from a real run
 SMOKE = {
     'mars_po': {'preset': 'smoke'},
+    'mars_po_rates': {'preset': 'smoke', 'arms': 'mars_po', 'rates': [1e-4]},
     'tiny_world': {'trial': 'new', 'n': 20},
 }
 

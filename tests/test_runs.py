@@ -9,7 +9,7 @@ import pytest
 from mapo.runs import Run, StaleCode, runs, stage, write_json
 
 EXPERIMENT = """
-from mapo.methods import mars_po_experiment, mars_po_settings
+from mapo.mars_po import mars_po_experiment, mars_po_settings
 from mapo.runs import Run
 settings = mars_po_settings('smoke', n_train=12, n_dev=8, n_test=8, chunk_answers=16, checkpoint_every=1)
 print(mars_po_experiment(Run('mars_po', dict(preset='smoke')), settings, 'mars_po', [0], 'dev'))

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import REPO, command
 from mapo.cli import checked, main, notebook, parameters
-from mapo.methods import ARMS, MARS_PO, MarsPO, mars_po_experiment, mars_po_settings
+from mapo.mars_po import ARMS, MARS_PO, MarsPO, mars_po_experiment, mars_po_settings
 from mapo.runs import Run
 
 SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4)
@@ -25,7 +25,7 @@ def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
         assert mars_po_settings('tiny', **{k: v for k, v in checked('mars_po', given).items() if k in given}) == preset
 
 
-@pytest.mark.parametrize('variant', [dict(lora_rank=4, dpo_learning_rate=1e-3), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
+@pytest.mark.parametrize('variant', [dict(lora_rank=4, learning_rate=1e-3), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
 def test_variants_run_to_the_end(variant, tmp_path):
     run = Run('variant', variant, root=tmp_path)
     settings = mars_po_settings('smoke', **SMALL | variant)
@@ -39,7 +39,7 @@ def test_the_initial_reference_is_not_the_previous_one(tmp_path):
     "At iteration 2 the first step's log-ratios are zero against the previous model, and not against the initial one."
     margins = {}
     for reference in ('previous', 'initial'):
-        record = mars_po_experiment(Run(reference, {}, root=tmp_path), mars_po_settings('smoke', **SMALL, reference=reference, dpo_learning_rate=1e-3), 'mars_po', [0], 'dev')
+        record = mars_po_experiment(Run(reference, {}, root=tmp_path), mars_po_settings('smoke', **SMALL, reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
         curves = pd.read_csv(record/'training.csv').set_index('step')
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
@@ -51,7 +51,7 @@ def test_arms_share_the_samples_they_have_in_common(tmp_path):
     mars_po_experiment(run, mars_po_settings('smoke', **SMALL | dict(iterations=1)), 'all', [0], 'dev')
     sampled = [s for s in run.stages if s['stage'] == 'sample_alone']
     trained = [arm for arm in ARMS.values() if arm.data]
-    assert len({s['key'] for s in sampled}) == 2 + 1 + 2*len(trained) # base: two evaluations; once for training; two evaluations an arm
+    assert len({s['key'] for s in sampled}) == 2*(2 + 1) + 2*len(trained) # a team: two evaluations of its base, once for training; two evaluations an arm
 
 
 def test_one_more_alpha_trains_again_and_does_not_sample_again(tmp_path):
