@@ -39,12 +39,12 @@ class MarsPO:
     high:int=9                   # largest operand of generated problems
     question:str='{expression}'  # how a generated problem is put
     data:str=''                  # folder with a benchmark's train.jsonl and test.jsonl; '' for the hub
-    n_train:int=256              # training problems; 0 for all of a benchmark. Paper: the train sets of GSM8K and MATH
+    n_train:int=192              # training problems; 0 for all of a benchmark. Paper: the train sets of GSM8K and MATH
     n_dev:int=256                # problems settings are chosen on; ours
-    n_test:int=512               # problems of the final evaluation; 0 for all of a benchmark. Paper: the test sets
+    n_test:int=400               # problems of the final evaluation; 0 for all of a benchmark. Paper: the test sets
     problem_seed:int=1           # draws the problems
     n_samples:int=8              # answers per agent and training problem; the paper is silent
-    n_evaluate:int=4             # sampled answers per agent and evaluated problem, besides a greedy one; ours
+    n_evaluate:int=2             # sampled answers per agent and evaluated problem, besides a greedy one; ours
     temperature:float=1.0        # the paper is silent
     top_p:float=1.0              # the paper is silent
     max_tokens:int=64            # the paper is silent
@@ -63,7 +63,7 @@ class MarsPO:
     alpha_first:float=0.1        # weight of the likelihood term in the first iteration; paper: "from 0.1 to 0.4"
     alpha_last:float=0.4         # ... and in the last
     batch_size:int=16            # pairs per update; paper: "16"
-    updates:int=60               # per agent and iteration, the same for all arms; the paper is silent
+    updates:int=50               # per agent and iteration, the same for all arms; the paper is silent
     learning_rate:float=3e-5     # of arms that `learning_rates` does not name; paper: "7e-7", for models of 7-8 B
     learning_rates:dict=field(default_factory=dict) # arm -> rate, each chosen on dev from one grid for all arms; ours
     init:str='previous'          # training starts from the 'previous' iteration's model or the 'initial' one; the paper's agents are trained on

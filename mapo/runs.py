@@ -294,7 +294,7 @@ class Run:
         "Write and return what this run was, for `mapo runs` and for whoever wants to repeat it."
         stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'reused', 'cpu_s', 'wall_s'])
         record = dict(id=self.id, name=self.name, parameters=self.parameters, command=self.command, **provenance(),
-                      wall_s=round(time.time()-self.started, 1), cpu_s=round(stages.cpu_s.sum(), 1), peak_memory_mb=_peak_memory(), stages=self.stages)
+                      wall_s=round(time.time()-self.started, 1), cpu_s=round(stages.drop_duplicates('key').cpu_s.sum(), 1), peak_memory_mb=_peak_memory(), stages=self.stages)
         write_json(self.folder/'record.json', without_secrets(record))
         return record
 

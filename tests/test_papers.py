@@ -1,4 +1,6 @@
 "Every paper notebook runs through papermill, at a size of seconds."
+import json
+
 import papermill
 import pytest
 
@@ -10,6 +12,8 @@ PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 SMOKE = {
     'mars_po': {'preset': 'smoke'},
     'mars_po_rates': {'preset': 'smoke', 'arms': 'mars_po', 'rates': [1e-4]},
+    'small_agents': {'model': 'tiny:products', 'template': '', 'question': '{expression}', 'dtype': 'float32', 'n_train': 8, 'n_dev': 8, 'n_test': 8,
+                     'n_lessons': 32, 'updates': 2, 'n_samples': 2},
     'tiny_world': {'trial': 'new', 'n': 20},
 }
 
@@ -19,7 +23,7 @@ def test_paper_notebook_runs(path, tmp_path):
     assert path.stem in SMOKE, f'tests/test_papers.py has no small size for {path.name}: add one to SMOKE'
     known = papermill.inspect_notebook(str(path))
     assert set(SMOKE[path.stem]) <= set(known), f'{path.name} has no parameter {set(SMOKE[path.stem]) - set(known)}' # papermill only warns
-    parameters = [word for name, value in SMOKE[path.stem].items() for word in ('-p', name, str(value))]
+    parameters = ['-y', json.dumps(SMOKE[path.stem])] # one of JSON's numbers, lists and texts is YAML's too
     code, output = command('papermill', path, tmp_path/'out.ipynb', '-k', 'python3', '--no-progress-bar', *parameters,
                            cwd=tmp_path, timeout=300, MAPO_RUNS=str(tmp_path/'runs'))
     assert code == 0, output[-6000:]
