@@ -1,20 +1,16 @@
 """Grading: mapo against plain math-verify, side by side in one run.
 
-    python benchmarks/grading.py [SAMPLES.jsonl] [--out benchmarks/grading.md]
+    python benchmarks/grading.py [SAMPLES.jsonl] [--repeats 3] [--out benchmarks/grading.md]
 
 SAMPLES.jsonl holds one object a line with `gold`, `text` and `kind` (`number`, `math` or `choice`): what a model wrote.
 Without it, texts are simulated from GSM8K's and MATH-500's test sets (see `simulate`), read from the folder
 MAPO_SHARED_DATA or ../shared/data beside the repository.
+
+Each measurement is a process of its own (`--only mapo [--warm] SAMPLES.jsonl`), so that none profits from what another
+left in a cache. It imports what it needs and nothing else, and grades the samples.
 """
-import argparse, logging, os, resource, subprocess, sys, time
+import argparse, json, logging, os, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
-from math_verify import parse, verify
-
-from mapo.answers import Grader, _canonical, extract_answer
-from mapo.problems import gsm8k, last_boxed, math_500
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get('MAPO_SHARED_DATA', REPO/'../shared/data'))
@@ -42,6 +38,8 @@ def mistakes(rng, answer, others):
 
 def simulate(seed=0):
     "Eight texts a problem, as SIMULATED says: its gold solution with another final answer in its box."
+    import numpy as np, pandas as pd
+    from mapo.problems import gsm8k, last_boxed, math_500
     rng, rows = np.random.default_rng(seed), []
     for problems in (gsm8k('test', DATA/'gsm8k/test.jsonl'), math_500(DATA/'math500/test.jsonl')):
         for p in problems.itertuples():
@@ -55,20 +53,50 @@ def simulate(seed=0):
     return pd.DataFrame(rows)
 
 
-def cpu_seconds(function, *args):
-    "What `function` returned and the CPU seconds it took, those of processes it waited for included."
-    def now(): return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    start = now()
-    return function(*args), now() - start
+def cpu_seconds(pid=0):
+    "CPU seconds of this process, or of another one that runs (its clock's number as in clock_getcpuclockid)."
+    return time.clock_gettime(~pid << 3 | 2) if pid else time.process_time()
 
 
-def by_mapo(golds, texts, kinds):
-    _canonical.cache_clear() # each measurement starts from nothing
-    with Grader() as grader: return grader.grade(golds, [extract_answer(t, k) for t, k in zip(texts, kinds)], kinds)
+def by_mapo(golds, texts, kinds, warm):
+    "Verdicts, CPU seconds after importing and warming up (the worker's included), and how many questions the worker was asked."
+    from mapo.answers import Grader, extract_answer
+    with Grader() as grader:
+        if warm: grader.grade(['x+1'], [extract_answer(r'\boxed{1+x}', 'math')], 'math')
+        before = {w: cpu_seconds(w.process.pid) for w in grader.workers if w.process}
+        start, asked, ask = cpu_seconds(), [], grader._ask
+        grader._ask = lambda keys: (asked.extend(keys), ask(keys))
+        verdicts = grader.grade(golds, [extract_answer(t, k) for t, k in zip(texts, kinds)], kinds)
+        spent = cpu_seconds() - start + sum(cpu_seconds(w.process.pid) - before.get(w, 0) for w in grader.workers if w.process)
+    return verdicts.tolist(), spent, len(asked)
 
 
-def by_math_verify(golds, texts, kinds):
-    return np.array([verify(parse(f'${gold}$'), parse(text)) for gold, text in zip(golds, texts)], dtype=bool)
+def by_math_verify(golds, texts, kinds, warm):
+    "The same from one loop over math-verify, asked about every sample."
+    from math_verify import parse, verify
+    if warm: verify(parse('$x+1$'), parse(r'\boxed{1+x}'))
+    start = cpu_seconds()
+    verdicts = [verify(parse(f'${gold}$'), parse(text)) for gold, text in zip(golds, texts)]
+    return verdicts, cpu_seconds() - start, len(verdicts)
+
+
+METHODS = {'math-verify': by_math_verify, 'mapo': by_mapo}
+
+
+def measure(method, rows, repeats=1):
+    "Verdicts, CPU seconds of a whole fresh process and of a running one (medians), and questions asked."
+    fresh, running = [], []
+    with tempfile.NamedTemporaryFile('w', suffix='.jsonl') as file:
+        rows[['gold', 'text', 'kind']].to_json(file, orient='records', lines=True)
+        file.flush()
+        for _ in range(repeats):
+            before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+            command = [sys.executable, __file__, '--only', method, file.name]
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            fresh.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before)
+            verdicts, seconds, asked = json.loads(subprocess.check_output([*command, '--warm']))
+            running.append(seconds)
+    return verdicts, statistics.median(fresh), statistics.median(running), asked
 
 
 def markdown(head, rows):
@@ -83,12 +111,14 @@ one model repeat the same few mistakes."""
 
 REPORT = """# Grading: mapo against plain math-verify
 
-`{command}`, {date}. CPU seconds include child processes. mapo's include extraction and the start of its workers, wherever
-algebra is needed; math-verify's are `verify(parse(gold), parse(text))` for each sample and the start of a process that imports it.
+`{command}`, {date}. mapo's work includes extraction; math-verify's is `verify(parse(gold), parse(text))` for each sample.
+Each figure is CPU seconds, child processes included, {median}of a process that grades that row's samples alone:
+*fresh* is the whole process from its start to its end, imports and the start of mapo's worker included; *running* is from
+the first sample to the last verdict, after both have imported what they need, started their workers and decided one formula.
 
 {source}
 
-{n:,} samples; {share:.0%} of their (gold, answer) pairs are distinct.
+{n:,} samples; {share:.0%} of their (gold, answer) pairs are distinct, and mapo asks math-verify about {asked} of them ({asked_share:.2%} of the samples).
 
 {results}
 
@@ -109,32 +139,41 @@ MENDED = [('52_8', '52'), (r'7\pi', '7pi'), (r'\sqrt{51}', '√51'), ('4210_{5}'
 def main():
     parser = argparse.ArgumentParser(description='Grading: mapo against plain math-verify.')
     parser.add_argument('samples', nargs='?', help='JSON lines of gold, text and kind; simulated ones if absent')
+    parser.add_argument('--repeats', type=int, default=1, help='measurements of each figure, of which the median counts')
+    parser.add_argument('--only', choices=METHODS, help='grade the samples in this process and print what came of it')
+    parser.add_argument('--warm', action='store_true', help='with --only: decide one formula first')
     parser.add_argument('--out', default=REPO/'benchmarks/grading.md', help='where the results are written')
     args = parser.parse_args()
     logging.disable()
+    if args.only:
+        rows = [json.loads(line) for line in open(args.samples)]
+        return print(json.dumps(METHODS[args.only](*([row[c] for row in rows] for c in ('gold', 'text', 'kind')), args.warm)))
+
+    import numpy as np, pandas as pd
+    from mapo.answers import extract_answer
     if not args.samples and not DATA.is_dir(): raise SystemExit(f'there is no folder {DATA}: set MAPO_SHARED_DATA, or give a file of samples')
     rows = pd.read_json(args.samples, lines=True, dtype=False) if args.samples else simulate()
     rows['answer'] = [extract_answer(t, k) for t, k in zip(rows.text, rows.kind)]
-    distinct = rows.drop_duplicates(['gold', 'answer', 'kind'])
-    by_math_verify(['x'], ['$x$'], ['math']) # loads its grammar outside the clock
+    distinct, kinds = rows.drop_duplicates(['gold', 'answer', 'kind']), rows.kind.unique()
+    parts = [(name if kind is None else f'{name}, kind {kind}', part if kind is None else part[part.kind == kind])
+             for name, part in (('all samples', rows), ('distinct answers', distinct)) for kind in (None, *(kinds if len(kinds) > 1 else ()))]
 
-    _, start_time = cpu_seconds(subprocess.run, [sys.executable, '-c', 'from math_verify import parse, verify'])
     table, different = [], None
-    for name, part in [('all samples', rows), *((f'all, kind {k}', rows[rows.kind == k]) for k in rows.kind.unique()),
-                       ('distinct answers', distinct), *((f'distinct, kind {k}', distinct[distinct.kind == k]) for k in rows.kind.unique())]:
-        columns = [part[c].tolist() for c in ('gold', 'text', 'kind')]
-        ours, our_time = cpu_seconds(by_mapo, *columns)
-        theirs, their_time = cpu_seconds(by_math_verify, *columns)
-        their_time += start_time
-        table.append((name, len(part), f'{theirs.mean():.3f}', f'{ours.mean():.3f}', f'{their_time:.2f}', f'{our_time:.2f}', f'{their_time/our_time:.1f}'))
-        if different is None: different = part[ours != theirs].assign(mapo=ours[ours != theirs]).value_counts(['gold', 'answer', 'kind', 'mapo']).reset_index()
+    for name, part in parts:
+        theirs, their_fresh, their_running, _ = measure('math-verify', part, args.repeats)
+        ours, our_fresh, our_running, asked = measure('mapo', part, args.repeats)
+        table.append((name, len(part), asked, f'{np.mean(theirs):.3f}', f'{np.mean(ours):.3f}', f'{their_fresh:.2f}', f'{our_fresh:.2f}', f'**{their_fresh/our_fresh:.1f}**',
+                      f'{their_running:.3f}', f'{our_running:.3f}', f'**{their_running/our_running:.1f}**'))
+        if different is None: different = part.assign(mapo=ours)[np.array(ours) != theirs].value_counts(['gold', 'answer', 'kind', 'mapo'], dropna=False).reset_index()
 
+    mended = pd.DataFrame([dict(gold=g, text=rf'\boxed{{{a}}}', kind='math') for g, a in MENDED])
+    verdicts = [['right' if right else 'wrong' for right in measure(method, mended)[0]] for method in METHODS]
     Path(args.out).write_text(report := REPORT.format(
-        command='python benchmarks/grading.py' + (' SAMPLES.jsonl' if args.samples else ''), date=time.strftime('%Y-%m-%d'),
-        source='Samples from a file.' if args.samples else SIMULATED, n=len(rows), share=len(distinct)/len(rows),
-        n_different=sum(different['count']), n_pairs=len(different),
-        results=markdown(['samples', 'number', 'right: math-verify', 'right: mapo', 'CPU s: math-verify', 'CPU s: mapo', 'ratio'], table),
-        mended=markdown(['gold', 'answer', 'math-verify', 'mapo'], [(f'`{g}`', f'`{a}`', *('right' if f([g], [rf'\boxed{{{a}}}'], ['math'])[0] else 'wrong' for f in (by_math_verify, by_mapo))) for g, a in MENDED]),
+        command='python benchmarks/grading.py' + (' SAMPLES.jsonl' if args.samples else '') + (f' --repeats {args.repeats}' if args.repeats > 1 else ''), date=time.strftime('%Y-%m-%d'),
+        median=f'the median of {args.repeats} runs ' if args.repeats > 1 else '', source='Samples from a file.' if args.samples else SIMULATED,
+        n=len(rows), share=len(distinct)/len(rows), asked=table[0][2], asked_share=table[0][2]/len(rows), n_different=sum(different['count']), n_pairs=len(different),
+        results=markdown(['samples', 'number', 'asked', 'right: math-verify', 'right: mapo', 'fresh: math-verify', 'fresh: mapo', 'ratio', 'running: math-verify', 'running: mapo', 'ratio'], table),
+        mended=markdown(['gold', 'answer', 'math-verify', 'mapo'], [(f'`{g}`', f'`{a}`', *both) for (g, a), *both in zip(MENDED, *verdicts)]),
         differences=markdown(['gold', 'answer', 'kind', 'mapo', 'samples'],
             [(f'`{r.gold}`', f'`{r.answer}`', r.kind, 'right' if r.mapo else 'wrong', r.count) for r in different.itertuples(index=False)])))
     print(report)

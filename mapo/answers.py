@@ -192,17 +192,26 @@ def _values(text):
 # %% ../nbs/api/01_answers.ipynb #6c015b05
 ROUNDING = 1e-5 # of values; math-verify rounds at six decimals, so closer pairs are left to it
 _WORD = re.compile('[a-z]{4,}') # three letters may be a product
+_PROSE = re.compile(r'[^0-9\\]*[a-z]{12}[^0-9\\]*')
+_UNIT = re.compile(r'(?<=[0-9.)} ])[a-zA-Z]+(?=$|[=,])')
 
 def _variables(text): return set(re.sub(r'\\[a-zA-Z]+(?:\{[a-z]*matrix\})?', '', text).lower()) & set(_PLACES) - {'i', 'e'}
 
+def _given(answer, gold): # values of an answer's sides, with and without units; None if they cannot be told
+    if not answer[-1:].isalpha() or _variables(answer) <= _variables(gold): return _values(answer.replace('=', ','))
+    if _variables(gold) or 'percent' in answer: return None
+    return _values(f'{answer},{_UNIT.sub("", answer)}'.replace('=', ','))
+
+# %% ../nbs/api/01_answers.ipynb #697a7aa8
 def _decided(gold, answer, kind):
     if answer is None: return False
     if gold == answer: return True
     if kind != 'math' or _BASED.fullmatch(gold) or _BASED.fullmatch(answer) or _WORD.fullmatch(gold) or _WORD.fullmatch(answer): return False
+    if _PROSE.fullmatch(answer) and re.search('[0-9]', gold): return False
     side = gold[:gold.find('=') + 1] # equal left sides of two equations need no comparing
     if side and answer.startswith(side): gold, answer = gold[len(side):], answer[len(side):]
-    needed, given = _values(gold), _values(answer)
-    if needed is None or given is None or answer[-1:].isalpha() and not _variables(answer) <= _variables(gold): return None
+    needed, given = _values(gold), _given(answer, gold)
+    if needed is None or given is None: return None
     return False if any(min(abs(x - y) for y in given) > ROUNDING + 1e-9*abs(x) for x in needed) else None
 
 # %% ../nbs/api/01_answers.ipynb #c9aeacd6

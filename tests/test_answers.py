@@ -154,3 +154,14 @@ def test_decisions_without_algebra_agree_with_math_verify(public):
     worker = _Worker(timeout=5., memory=2*2**30)
     assert len(pairs) > 60 and not any(worker.ask(*p) for p in pairs)
     worker.stop()
+
+
+def test_equations_units_and_prose_agree_with_math_verify(public):
+    golds, draw = sorted(set(public.answer[public.kind == 'math'])), random.Random(2)
+    numbers, writings = [g for g in golds if g.isdigit()], ('x={0}', '{1}={0}', 'f(2)={1}={0}', '{0}={1}', 'x={1}, y={0}', '{0} cm', '{0}cubic centimeters', '{0} cm = {1} m', '{0} and {1}', 'correct, but explained differently')
+    pairs = {(canonical_answer(draw.choice(numbers), 'math'), canonical_answer(w.format(*draw.sample(golds, 2)), 'math')) for w in writings for _ in range(30)}
+    pairs |= {(canonical_answer(g, 'math'), canonical_answer(w.format(g, a), 'math')) for w in writings[:-1] for g, a in (draw.sample(numbers, 2) for _ in range(3))}
+    pairs = [p for p in sorted(pairs, key=str) if p[1] and _decided(*p, 'math') is False]
+    worker = _Worker(timeout=5., memory=2*2**30)
+    assert len(pairs) > 150 and [p for p in pairs if worker.ask(*p)] == []
+    worker.stop()
