@@ -10,13 +10,13 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from mapo import training
 from mapo.agents import Model
-from mapo.engines import load_model, save_model
-from mapo.training import (DPO, SFT, PairTrainer, check_template, example_tokens, log_probabilities, pair_tokens,
-                           reference_log_probabilities, template_faults, train_dpo, train_sft)
+from mapo.engines import RewardScorer, load_model, load_reward_model, new_reward_model, save_model
+from mapo.training import (DPO, SFT, PairTrainer, Reward, check_template, example_tokens, log_probabilities, pair_tokens,
+                           reference_log_probabilities, reward_tokens, template_faults, train_dpo, train_reward, train_sft)
 
 PLAIN = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<bot>{{ m['content'] }}{{ eos_token }}"
          "{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}")
@@ -328,3 +328,110 @@ def test_bfloat16_models_are_trained_in_float32(initial, tmp_path):
     before,after = (load_model(replace(m, dtype='float32'), 'cpu')[0].state_dict() for m in (half, done.model))
     assert done.model.dtype == 'bfloat16'
     assert 0 < max((after[k]-before[k]).abs().max().item() for k in before) < 1e-6
+
+
+def conversations(pairs, side): return [p+a for p, a in zip(pairs.prompt, pairs[side])]
+
+
+def scores(model, pairs, side): return RewardScorer(model, device='cpu', progress=False).score(conversations(pairs, side))
+
+
+@pytest.mark.parametrize('batch,micro', [(4, 4), (4, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize('center', [0., .1])
+def test_reward_loss_is_the_formula(initial, tmp_path, batch, micro, center):
+    pairs = make_pairs(batch)
+    untrained = Model('untrained', str(save_model(*new_reward_model(initial, 5, 'cpu'), tmp_path/'untrained')))
+    chosen,rejected = (scores(untrained, pairs, side) for side in ('chosen', 'rejected'))
+    first = train_reward(initial, pairs, Reward(updates=1, batch_size=batch, micro_batch_size=micro, center=center, seed=5), tmp_path/'out').log.iloc[0]
+    assert first.loss == pytest.approx((np.log1p(np.exp(rejected-chosen)) + center*(chosen+rejected)**2).mean(), abs=1e-5)
+    assert first.margin == pytest.approx((chosen-rejected).mean(), abs=1e-5) and first.accuracy == pytest.approx((chosen > rejected).mean())
+
+
+def test_reward_training_is_trls(initial, tmp_path):
+    pairs,settings = make_pairs(7),Reward(updates=3, batch_size=4, learning_rate=1e-3)
+    ours = train_reward(initial, pairs, settings, tmp_path/'ours')
+    theirs = trl(RewardTrainer, RewardConfig, new_reward_model(initial, 0, 'cpu')[0], in_order(pairs, settings), tmp_path/'theirs')
+    assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
+    trained = load_reward_model(ours.model, 'cpu')[0].state_dict()
+    assert all(torch.equal(trained[k], v) for k, v in theirs.model.state_dict().items())
+    cut = train_reward(initial, pairs, replace(settings, micro_batch_size=1), tmp_path/'cut')
+    assert np.allclose(ours.log.loss, cut.log.loss, atol=1e-4)
+    assert {'step', 'loss', 'accuracy', 'margin'} <= set(ours.log) and len(ours.log) == 3
+
+
+def test_a_reward_model_learns_a_rule_and_says_it_of_new_answers(initial, tmp_path):
+    "Answers that hold a 3 are better: 40 pairs are enough to see it in 40 others, and a trained model is trained on from where it is."
+    def ruled(seed):
+        rng = np.random.default_rng(seed)
+        word = lambda letters: says(''.join(rng.choice(list(letters), 6)))
+        return pd.DataFrame([dict(prompt=says(f'{i}=', 'user'), chosen=word('123'), rejected=word('12')) for i in range(40)])
+    share = lambda model: (scores(model, ruled(1), 'chosen') > scores(model, ruled(1), 'rejected')).mean()
+    settings = Reward(updates=25, batch_size=16, learning_rate=1e-3)
+    one = train_reward(initial, ruled(0), settings, tmp_path/'one')
+    assert share(one.model) > .85
+    before = (scores(one.model, ruled(0), 'chosen') - scores(one.model, ruled(0), 'rejected')).mean()
+    two = train_reward(one.model, ruled(0), replace(settings, updates=1, batch_size=40), tmp_path/'two')
+    assert two.log.margin[0] == pytest.approx(before, abs=1e-4)
+    assert two.model == replace(one.model, path=str(tmp_path/'two'))
+
+
+def test_what_a_reward_model_learns_is_what_is_scored(tmp_path):
+    "Under ChatML both end with the newline after the end token; the end token inside an answer is left out and counted."
+    from mapo.engines import conversation_ids
+    made,pairs = tokenizer(CHATML),make_pairs(5)
+    pairs.at[2, 'rejected'] = says('5</s>6')
+    tokens,counts = reward_tokens(made, pairs)
+    assert counts == dict(rows=5, too_long=0, end_token_inside=1, used=4) and tokens.index.tolist() == [0, 1, 3, 4]
+    for side in ('chosen', 'rejected'):
+        assert tokens[f'{side}_ids'].tolist() == conversation_ids(made, conversations(pairs.loc[tokens.index], side))
+    assert made.decode(tokens.chosen_ids[0]).endswith('</s>\n')
+
+
+def test_inits_that_cannot_become_reward_models_are_refused(initial, tmp_path):
+    net,made = new_reward_model(initial, 0, 'cpu')
+    net.config.num_labels = 2
+    save_model(type(net)(net.config), made, tmp_path/'two')
+    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer"): train_reward(Model('two', str(tmp_path/'two')), make_pairs(4), Reward(updates=1), tmp_path/'out')
+    with pytest.raises(ValueError, match='has a LoRA adapter'): train_reward(replace(initial, adapter='low'), make_pairs(4), Reward(updates=1), tmp_path/'out')
+    with pytest.raises(FloatingPointError, match='at update 2 of 6'): train_reward(initial, make_pairs(4), Reward(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out')
+    assert not (tmp_path/'out'/'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('template,special,fault', [
+    ('{{ bos_token }}'+PLAIN, {}, 'second begin token'), (PLAIN.replace('{{ eos_token }}', ''), {}, 'no end token'),
+    (PLAIN.replace('{{ eos_token }}', '{{ eos_token }}{{ eos_token }}'), {}, 'second end token')])
+@pytest.mark.parametrize('train', [train_sft, train_dpo, train_reward])
+def test_no_training_begins_under_a_faulty_template(initial, tmp_path, template, special, fault, train):
+    save_model(load_model(initial, 'cpu')[0], tokenizer(template, **special), tmp_path/'faulty')
+    faulty,pairs = Model('faulty', str(tmp_path/'faulty')),make_pairs(4)
+    args = {train_sft: (pairs.rename(columns={'chosen': 'completion'}), SFT(updates=1)), train_dpo: (initial, pairs, DPO(updates=1)), train_reward: (pairs, Reward(updates=1))}[train]
+    if train is train_dpo: args = (faulty, *args[1:])
+    with pytest.raises(ValueError, match=f'cannot be trained with: .*{fault}'): train(faulty, *args, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+KILLED_REWARD = """
+import os, signal, sys
+import pandas as pd
+from mapo import training
+from mapo.agents import Model
+original = training.ScoreTrainer.log
+def log(self, logs, start_time=None):
+    original(self, logs, start_time)
+    if self.state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)
+training.ScoreTrainer.log = log
+model,pairs,folder = sys.argv[1:]
+training.train_reward(Model('initial', model), pd.read_parquet(pairs), training.Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3), folder, checkpoint_every=4)
+"""
+
+
+def test_a_killed_reward_training_goes_on_to_the_same_bytes(initial, tmp_path):
+    make_pairs(11).to_parquet(tmp_path/'pairs.parquet')
+    killed = subprocess.run([sys.executable, '-c', KILLED_REWARD, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed'], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    assert [p.name for p in (tmp_path/'killed'/'checkpoints').iterdir()] == ['checkpoint-4']
+    pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
+    whole = train_reward(model, pairs, settings, tmp_path/'whole')
+    resumed = train_reward(model, pairs, settings, tmp_path/'killed', checkpoint_every=4)
+    assert (tmp_path/'killed'/'model.safetensors').read_bytes() == (tmp_path/'whole'/'model.safetensors').read_bytes()
+    assert resumed.log.equals(whole.log)
