@@ -145,7 +145,8 @@ def _candidates(turns, agents, selection): # distinct scored turns of `agents`; 
     rows = turns[columns].reset_index(drop=True)
     if agents is not None: rows = keep(rows, rows['agent'].isin(agents), "another agent's", fates)
     rows = keep(rows, rows[selection.scores].notna().all(axis=1), 'not scored', fates)
-    once = distinct(rows, *selection.scores, by=selection.by)
+    drawn = rows.iloc[seeded_draw(rows['turn_id'], selection.seed).argsort()] # who stands for a text that several wrote is drawn
+    once = distinct(drawn, *selection.scores, by=selection.by).sort_index()
     fates['repeated'] = len(rows) - len(once)
     return turns,once,fates
 
