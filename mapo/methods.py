@@ -102,7 +102,11 @@ def scored(
 def build_data(draft:Draft, *, turns:Artifact, scores:tuple, agent:str, data:str, selection:Selection):
     "What one agent learns from: examples or pairs, built by the function of `mapo.pairs` called `data`."
     from mapo import pairs
-    _build(draft, lambda: getattr(pairs, data)(scored(turns, scores, *selection.scores), turns.read('contexts'), agent, selection), agent)
+    def make():
+        found = pairs.with_mistakes(scored(turns, scores, *selection.scores), agent, selection)
+        built = getattr(pairs, data)(found.table, turns.read('contexts'), agent, selection)
+        return pairs.Built(built.table, pd.concat([found.counts, built.counts], ignore_index=True))
+    _build(draft, make, agent)
 
 # %% ../nbs/api/13_methods.ipynb #219baa8c
 @stage(version=1)
