@@ -117,7 +117,7 @@ def _checkout():
 def _publish(args):
     source = runs_root()/args.run/'record'
     if not (source/'manifest.json').exists(): raise ValueError(f"there is no finished run {args.run!r}{_meant(args.run, runs().id)} in {runs_root()}: `mapo runs` lists them")
-    target = _checkout()/'figures'/'record'/args.run.rsplit('-', 1)[0]
+    target = _checkout()/'figures'/'record'/(args.name or args.run.rsplit('-', 1)[0])
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     _figures(args)
@@ -127,8 +127,8 @@ def _figures(args):
     from mapo.report import redraw
     for record in sorted(p.parent for p in (_checkout()/'figures'/'record').glob('*/manifest.json')):
         redraw(record, _checkout()/'figures'/record.name)
-        draw_notebook(record.name)
-        print(f'figures/{record.name} and nbs/papers/{record.name}.ipynb are drawn from figures/record/{record.name}')
+        if record.name in notebooks(): draw_notebook(record.name)
+        print(f"figures/{record.name}{f' and nbs/papers/{record.name}.ipynb' if record.name in notebooks() else ''}: drawn from figures/record/{record.name}")
 
 # %% ../nbs/api/18_cli.ipynb #5235c9dc
 def draw_notebook(
@@ -183,6 +183,7 @@ def _parser():
     run.add_argument('--fresh', nargs='+', default=[], metavar='STAGE', help='stages to make again although they are finished')
     publish = commands.add_parser('publish', help='make a run the published one: its record, figures, tables and notebook')
     publish.add_argument('run', help='id of the run, as `mapo runs` lists it')
+    publish.add_argument('--name', help="of the record; the experiment's where none is given")
     publish.set_defaults(do=_publish)
     commands.add_parser('figures', help='draw figures, tables and notebooks again from the published records').set_defaults(do=_figures)
     commands.add_parser('runs', help='list the runs there are').set_defaults(do=_runs)

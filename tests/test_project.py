@@ -163,6 +163,6 @@ def test_figures_and_notebook_are_what_the_record_draws(record, tmp_path):
     for new in redraw(record, tmp_path):
         old = REPO/'figures'/record.name/new.name
         assert old.exists() and old.read_bytes() == new.read_bytes(), f'{old} is not what the record draws; run `make figures`'
-    run = json.loads((record/'manifest.json').read_text())['run']
-    shown = '\n'.join(t for o in outputs(read(Path('nbs')/'papers'/f'{record.name}.ipynb')) for t in texts(o))
-    assert run in shown, f'nbs/papers/{record.name}.ipynb does not show run {run}; run `make figures`'
+    run,notebook = json.loads((record/'manifest.json').read_text())['run'],Path('nbs')/'papers'/f'{record.name}.ipynb'
+    if not (REPO/notebook).exists(): return # a second run of an experiment, published under a name of its own
+    assert run in '\n'.join(t for o in outputs(read(notebook)) for t in texts(o)), f'{notebook} does not show run {run}; run `make figures`'
