@@ -33,6 +33,7 @@ class Sizes:
     kv_heads:int     # $k$, heads that keep keys and values
     head_dim:int     # $d$, numbers per head
     vocabulary:int   # $V$, different tokens
+    window:int       # tokens it can see, prompt and answer; 0 where it does not say
 
 # %% ../nbs/api/17_plan.ipynb #1a44729c
 def count_parameters(
@@ -52,21 +53,22 @@ def _named(config): # the fields of `Sizes` but the parameters
     missing = [name for name in _FIELDS.values() if name not in config]
     if missing: raise ValueError(f'its config.json has no {missing[0]}')
     found = {ours: config[theirs] for ours, theirs in _FIELDS.items()}
-    return found | dict(kv_heads=config.get('num_key_value_heads') or found['heads'], head_dim=config.get('head_dim') or found['hidden']//found['heads'])
+    heads,width = found['heads'],found['hidden']
+    return found | dict(kv_heads=config.get('num_key_value_heads') or heads, head_dim=config.get('head_dim') or width//heads, window=config.get('max_position_embeddings', 0))
 
 # %% ../nbs/api/17_plan.ipynb #3440ef25
-def _config(family, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied=False, **more):
+def _config(family, hidden, intermediate, layers, heads, kv_heads, vocabulary, window, tied=False, **more):
     return dict(model_type=family, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied) | more
+                num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=window, tie_word_embeddings=tied) | more
 
 CONFIGS = {
-    'Qwen/Qwen2.5-Math-7B-Instruct': _config('qwen2', 3584, 18944, 28, 28, 4, 152064),
-    'deepseek-ai/deepseek-math-7b-rl': _config('llama', 4096, 11008, 30, 32, 32, 102400),
-    'meta-llama/Llama-3.1-8B-Instruct': _config('llama', 4096, 14336, 32, 32, 8, 128256),
-    'Qwen/Qwen2.5-Math-RM-72B': _config('qwen2', 8192, 29568, 80, 64, 8, 152064, architectures=('Qwen2ForRewardModel',)),
-    'HuggingFaceTB/SmolLM2-135M-Instruct': _config('llama', 576, 1536, 30, 9, 3, 49152, tied=True),
-    'HuggingFaceTB/SmolLM2-360M-Instruct': _config('llama', 960, 2560, 32, 15, 5, 49152, tied=True),
-    'Qwen/Qwen2.5-0.5B-Instruct': _config('qwen2', 896, 4864, 24, 14, 2, 151936, tied=True)}
+    'Qwen/Qwen2.5-Math-7B-Instruct': _config('qwen2', 3584, 18944, 28, 28, 4, 152064, 4096),
+    'deepseek-ai/deepseek-math-7b-rl': _config('llama', 4096, 11008, 30, 32, 32, 102400, 4096),
+    'meta-llama/Llama-3.1-8B-Instruct': _config('llama', 4096, 14336, 32, 32, 8, 128256, 131072),
+    'Qwen/Qwen2.5-Math-RM-72B': _config('qwen2', 8192, 29568, 80, 64, 8, 152064, 4096, architectures=('Qwen2ForRewardModel',)),
+    'HuggingFaceTB/SmolLM2-135M-Instruct': _config('llama', 576, 1536, 30, 9, 3, 49152, 8192, tied=True),
+    'HuggingFaceTB/SmolLM2-360M-Instruct': _config('llama', 960, 2560, 32, 15, 5, 49152, 8192, tied=True),
+    'Qwen/Qwen2.5-0.5B-Instruct': _config('qwen2', 896, 4864, 24, 14, 2, 151936, 32768, tied=True)}
 
 # %% ../nbs/api/17_plan.ipynb #5aa09037
 def stored_parameters(
@@ -95,7 +97,7 @@ def _gguf_sizes(path):
     said = lambda name, default=None: f.contents() if (f := fields.get(f'{family}.{name}')) else default
     hidden,heads = said('embedding_length'),said('attention.head_count')
     return Sizes(sum(int(t.n_elements) for t in tensors), said('block_count'), hidden, said('feed_forward_length'), heads, said('attention.head_count_kv', heads),
-                 said('attention.key_length', hidden//heads), len(fields['tokenizer.ggml.tokens'].data))
+                 said('attention.key_length', hidden//heads), len(fields['tokenizer.ggml.tokens'].data), said('context_length', 0))
 
 # %% ../nbs/api/17_plan.ipynb #cfba287f
 def _folder(model): # where its config.json is on this machine; nothing is downloaded
@@ -236,6 +238,13 @@ BUDGET = 65536    # tokens of a batch on an accelerator, as `mapo.engines` sets 
 MAX_LENGTH = 2048 # tokens of a training row, as `mapo.training.Training` sets it: longer rows are left out
 
 # %% ../nbs/api/17_plan.ipynb #8468de29
+def _room(plan, model, max_tokens): # tokens of the longest prompt
+    window = plan.sizes(model).window
+    if window and window < plan.prompt_tokens+max_tokens: raise ValueError(
+        f"model {plan.origin(model).path!r} has a window of {window} tokens: max_tokens={max_tokens} leaves no room for a prompt of {plan.prompt_tokens}")
+    return window-max_tokens if window else None
+
+# %% ../nbs/api/17_plan.ipynb #b7429ea5
 def sampling_rows(
     stage:Planned, # of a function that samples: its `problems`, `split`, `team`, `n`, `max_tokens`, ...
     plan,          # whose assumptions count
@@ -245,18 +254,20 @@ def sampling_rows(
     problems,width = count_problems(i['problems'].inputs, i['split']),plan.prompt_tokens+i['max_tokens']
     rows = max(1, min(i['chunk_answers'], problems*i['n'], (i['token_budget'] or BUDGET)//width))
     return [dict(purpose=i['purpose'], iteration=i['iteration'], model=plan.origin(a.model), requests=problems, answers=problems*i['n'],
-                 tokens=problems*i['n']*i['max_tokens'], prompts=problems*i['n']*plan.prompt_tokens,
+                 tokens=problems*i['n']*i['max_tokens'], prompts=problems*i['n']*plan.prompt_tokens, room=_room(plan, a.model, i['max_tokens']),
                  memory=sampling_memory(plan.sizes(a.model), a.model.dtype, rows, width)) for a in i['team']]
 
-# %% ../nbs/api/17_plan.ipynb #b7429ea5
+# %% ../nbs/api/17_plan.ipynb #8fcb0d62
 def scoring_rows(
     stage:Planned, # of a function that scores: its `turns`, `model`, `token_budget`
     plan,          # whose assumptions count
 )->list[dict]: # one row
     "What a stage with a reward model takes."
-    i,sampled = stage.inputs,sampling_rows(stage.inputs['turns'], plan)
+    i,turns = stage.inputs,stage.inputs['turns']
+    sampled = sampling_rows(turns, plan)
     read = sum(r['tokens']+r['prompts'] for r in sampled)
     return [dict(purpose='score', iteration=sampled[0]['iteration'], model=plan.origin(i['model']), answers=sum(r['answers'] for r in sampled), tokens=read,
+                 room=_room(plan, i['model'], turns.inputs['max_tokens']),
                  memory=scoring_memory(plan.sizes(i['model']), i['model'].dtype, min(read, i['token_budget'] or BUDGET)))]
 
 # %% ../nbs/api/17_plan.ipynb #4d9a4ea5
@@ -275,7 +286,7 @@ def training_rows(
                  disk=4*trained, resume=12*trained if i['checkpoint_every'] else 0)]
 
 # %% ../nbs/api/17_plan.ipynb #383a33b5
-_NOTHING = dict.fromkeys(['requests', 'answers', 'prompts', 'tokens', 'updates', 'rows', 'disk', 'resume'], 0)
+_COUNTS = ['requests', 'answers', 'prompts', 'tokens', 'updates', 'rows', 'disk', 'resume']
 
 def _title(model): return model.path.split('/')[-1]
 
@@ -311,9 +322,9 @@ class Plan:
     @property
     def table(self)->pd.DataFrame:
         "A row per stage and model that computes: counts, and bytes."
-        rows = [_NOTHING | row | dict(asked=self.asked[row['key']], model=_title(row['model']), held=row['memory'][0], work=row['memory'][1],
+        rows = [dict.fromkeys(_COUNTS, 0) | row | dict(asked=self.asked[row['key']], model=_title(row['model']), held=row['memory'][0], work=row['memory'][1],
                                       memory=sum(row['memory'])) for row in self._rows]
-        return pd.DataFrame(rows, columns=['key', 'stage', 'asked', 'purpose', 'iteration', 'model', *_NOTHING, 'held', 'work', 'memory'])
+        return pd.DataFrame(rows, columns=['key', 'stage', 'asked', 'purpose', 'iteration', 'model', *_COUNTS, 'room', 'held', 'work', 'memory'])
 
     @property
     def models(self)->list[Model]:
@@ -369,7 +380,7 @@ def _by(table, *columns): # a row per group: how many stages, what they take tog
     columns,groups = [*columns],table.groupby([*columns], sort=False)
     stages = table.drop_duplicates('key').groupby(columns, sort=False).asked.agg(distinct='size', asked_for='sum')
     largest = table.loc[groups.memory.idxmax()].set_index(columns)[['held', 'work', 'memory']]/1e9
-    return stages.join(groups[list(_NOTHING)].sum()).join(largest).reset_index()
+    return stages.join(groups[_COUNTS].sum()).join(largest).reset_index()
 
 # %% ../nbs/api/17_plan.ipynb #563b38c1
 def sampling_table(
@@ -406,7 +417,8 @@ def models_table(
     kind = plan.table.stage.str.partition('_')[0].map(dict(sample='sampling_GB', score='scoring_GB', tune='training_GB'))
     most = (plan.table.assign(kind=kind).groupby(['model', 'kind']).memory.max()/1e9).unstack()
     rows = [dict(model=_title(m), licence=licence(m), parameters=plan.sizes(m).parameters) for m in plan.models]
-    return pd.DataFrame(rows).join(most, on='model')
+    room = plan.table.groupby('model').room.min().rename('longest_prompt')
+    return pd.DataFrame(rows).join(room.astype(float), on='model').join(most, on='model')
 
 # %% ../nbs/api/17_plan.ipynb #73883bff
 def totals(
@@ -435,7 +447,7 @@ def assumptions(
     plan:Plan, # what it says about prompts
 )->list[str]: # a sentence each
     "What the numbers rest on."
-    return [f'A prompt takes {plan.prompt_tokens} tokens with its template, an answer all of its max_tokens: most are shorter.',
+    return [f'A prompt takes {plan.prompt_tokens} tokens with its template, an answer all of its max_tokens: most are shorter. A run refuses a prompt that does not fit into the window beside an answer (longest prompt).',
             'Every agent finds something to learn from; problems that leak between splits, which are left out, are counted.',
             f'One device holds one model at a time: sampling in batches of {BUDGET:,} tokens where token_budget is 0, training with the whole batch at once.',
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), rows of at most {MAX_LENGTH:,} tokens, without gradient '
@@ -463,7 +475,7 @@ def _list(lines):
     return Shown(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>", '\n'.join(text))
 
 # %% ../nbs/api/17_plan.ipynb #13f22e34
-PROMPT_TOKENS = dict(arithmetic=32) # of a prompt with its template, by source of the problems; 256 for benchmarks, more than nearly all of GSM8K and MATH take
+PROMPT_TOKENS = dict(arithmetic=32, benchmark=256) # with its template; counted with a small model's tokenizer, a question of GSM8K has 60 on average, one of MATH 90
 
 def plan_mars_po(
     preset:str='tiny', # the size
@@ -474,6 +486,6 @@ def plan_mars_po(
 )->Plan:
     "What the Mars-PO experiment would take."
     settings = mars_po_settings(preset, **overrides)
-    plan = Plan(f"mars_po, preset {preset}, arms {arms}, seeds {', '.join(map(str, seeds))}, {split} split", PROMPT_TOKENS.get(settings.source, 256))
+    plan = Plan(f"mars_po, preset {preset}, arms {arms}, seeds {', '.join(map(str, seeds))}, {split} split", PROMPT_TOKENS['arithmetic' if settings.source == 'arithmetic' else 'benchmark'])
     all_arms(plan, settings, arms, list(seeds), split)
     return plan
