@@ -449,6 +449,7 @@ def assumptions(
     "What the numbers rest on."
     return [f'A prompt takes {plan.prompt_tokens} tokens with its template, an answer all of its max_tokens: most are shorter. A run refuses a prompt that does not fit into the window beside an answer (longest prompt).',
             'Every agent finds something to learn from; problems that leak between splits, which are left out, are counted.',
+            "The record's own look at each reward model, which scores the first team's evaluated answers once, is not counted.",
             f'One device holds one model at a time: sampling in batches of {BUDGET:,} tokens where token_budget is 0, training with the whole batch at once.',
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), rows of at most {MAX_LENGTH:,} tokens, without gradient '
             'checkpointing; a LoRA adapter leaves its base in the number format of sampling. Log-probabilities of the reference are computed before, once.',
