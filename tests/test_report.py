@@ -10,12 +10,14 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text as Words
 
-from mapo.report import (arm_style, claims_table, compare_to_record, escape, flag_failures, formatted, load_record, markdown, plot_accuracy, plot_agents, printable,
-                         redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table)
+from mapo.report import (arm_label, arm_style, arms, choose_rates, claims_table, compare_to_record, escape, figure_arms, figure_style, flag_failures, flag_selection, formatted, load_record,
+                         markdown, plot_accuracy, plot_agents, plot_cost, plot_rates, plot_training, printable, redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table)
 
 manifest = dict(run='0a1b2c3d', command='mapo run mars_po', commit='f00', parameters={'alpha': .1}, hardware='a test',
-                comparisons=[['mars_po', 'dpo']], claims=[dict(claim='better', paper='none', a='mars_po', b='dpo')])
+                comparisons=[['mars_po', 'dpo']], claims=[dict(claim='better', paper='none', tests=[['mars_po', 'dpo']])], seeds_vary='A seed varies the draw.')
 
 
 def team(arm, levels, seeds=(0, 1), problems=60, greedy=True):
@@ -141,7 +143,119 @@ def test_a_repeated_run_agrees_with_itself_and_not_with_a_worse_one(rows):
     assert compare_to_record(rows[rows.seed == 0], rows).agrees.all()
 
 
-def test_a_claim_needs_its_arms(rows):
-    untested = claims_table(manifest['claims'], pd.DataFrame(columns=['a', 'b', 'difference', 'low', 'high', 'p_holm', 'scope']))
-    assert [*untested.verdict] == ['not tested']
+def test_a_claim_needs_its_arms_and_more_than_one_seed(rows):
+    claims = [dict(claim='without NLL', paper='none', tests=[['mars_po', 'mars_po_no_nll']]), dict(claim='rises', paper='none', tests=[['mars_po@2', 'mars_po@1'], ['mars_po@9', 'mars_po@1']])]
+    assert [*claims_table(claims, rows).verdict] == ['not tested']*3
+    one = claims_table(manifest['claims'], rows[rows.seed == 0], manifest['comparisons'])
+    assert [*one.verdict] == ['undecided: these checkpoints only'] and one.p_holm[0] < .05
+
+
+def test_a_claim_of_several_tests_holds_only_whole():
+    levels = {0: dict(a=.5, b=.5)}
+    rows = pd.concat([team('base', levels, seeds=range(6)), team('mars_po', {1: dict(a=.8, b=.2)}, seeds=range(6)), team('dpo', {1: dict(a=.8, b=.8)}, seeds=range(6))])
+    claim = lambda arm: dict(claim=f'both gain under {arm}', paper='none', tests=[[f'{arm}:{n}', f'base:{n}'] for n in 'ab'])
+    judged = claims_table([claim('mars_po'), claim('dpo')], rows)
+    assert [*judged.verdict] == ['fails']*2 + ['holds']*2
+    assert {*judged.family} == {'further'}
+    with_primary = claims_table([claim('dpo')], rows, [('dpo:a', 'base:a')])
+    assert [*with_primary.family] == ['primary', 'further'] and with_primary.p_holm[1] < judged.p_holm[3]  # two families of one test, no family of four
+
+
+@pytest.fixture(scope='module')
+def everything():
+    "All arms of the recorded run: two teams, and an arm of one iteration."
+    rng, one, two = np.random.default_rng(0), dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
+    grow = lambda agents, by: {a: p + by for a, p in agents.items()}
+    rows = []
+    for arm in arms:
+        agents, gain = (two if arm.endswith('_same') else one), rng.uniform(.02, .3)
+        rows.append(team(arm, {0: agents} if arm.startswith('base') else {1: grow(agents, gain)} if arm.endswith('one_iteration') else {t: grow(agents, gain*t/3) for t in (1, 2, 3)}, seeds=range(3), problems=40))
+    rows = pd.concat(rows, ignore_index=True)
+    trained = [a for a in arms if not a.startswith('base')]
+    costs = pd.DataFrame([dict(arm=a, seed=s, tokens_sampled=1000, tokens_trained=500, updates=10) for a in trained for s in range(3)])
+    log = pd.DataFrame([dict(arm=a, iteration=1 + i//10, step=i, chosen=-1. - i, rejected=-3. - 2*i, margin=.01*i) for a in trained if 'po' in a for i in range(30)])
+    rates = pd.DataFrame([dict(arm=a, learning_rate=r, accuracy=p, low=p - .03, high=p + .03, seeds=1, problems=256, run='r') for a in trained for r, p in ((1e-5, .6), (3e-5, .61), (1e-4, .4))])
+    chosen = pd.DataFrame([dict(arm=a, seed=s, iteration=1, source_agent=x, candidates=50, selected=20 + s, candidate_tokens=20., selected_tokens=np.nan if x == 'same-0' else 21. + s) for a in trained for s in range(3) for x in (two if a.endswith('_same') else one)])
+    return dict(rows=rows, costs=costs, training=log, rates=rates, selection=chosen)
+
+
+def texts(figure):
+    "Every text of a figure that is drawn, with its box."
+    FigureCanvasAgg(figure).draw()
+    return [(t.get_text(), t.get_window_extent()) for t in figure.findobj(Words) if t.get_visible() and t.get_text().strip() and t.get_window_extent().width > 0]
+
+
+def test_seventeen_arms_are_drawn_without_overlap(everything):
+    rows, drawn = everything['rows'], figure_arms(everything['rows'], {})
+    figures = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same')] + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']), plot_rates(everything['rates'])]
+    for figure in figures:
+        with figure_style(): found = texts(figure)
+        words = [(t, b) for t, b in found if any(c.isalpha() for c in t) and '$' not in t]
+        assert len(words) >= 5
+        for i, (one, a) in enumerate(words):
+            assert a.x0 >= -1 and a.x1 <= figure.bbox.x1 + 1, one
+            for other, b in words[i+1:]: assert a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, f'{one!r} covers {other!r}'
+
+
+def test_a_record_of_everything_draws_every_figure_twice_the_same(everything, tmp_path):
+    comparisons = [['mars_po', 'dpo_nll'], ['mars_po_same', 'base_same']]
+    save_record(tmp_path/'record', everything['rows'], everything['costs'], manifest | dict(comparisons=comparisons, claims=[]), training=everything['training'], rates=everything['rates'], selection=everything['selection'])
+    names = {f.stem for f in redraw(tmp_path/'record', tmp_path/'one')}
+    assert names == {'accuracy', 'ablations', 'same', 'agents', 'training', 'cost', 'rates', 'selection', 'results', 'failures', 'comparisons', 'checkpoints'}
+    redraw(tmp_path/'record', tmp_path/'two')
+    same_files(tmp_path/'one', tmp_path/'two')
+    assert 'A seed varies the draw.' in (tmp_path/'one/comparisons.md').read_text()
+    table = (tmp_path/'one/results.md').read_text()
+    assert 'same-0' in table and '| same-0' in table.replace('· ', '| ') and len(table.splitlines()) == 21
+
+
+def test_each_team_is_held_against_its_own_base(everything):
+    rows = everything['rows']
+    lower = rows.assign(c=rows.c.where(~rows.arm.str.endswith('_same'), rows.c*(rows.arm == 'base_same')))
+    flags = flag_failures(lower).query("failure == 'agent below its base' and clear")
+    assert {*flags.arm} == {'sft_hybrid_same', 'dpo_nll_same', 'mars_po_same'} and {*flags.agent} == {'same-0', 'same-1', 'same-2'}
+    figure = plot_accuracy(rows[rows.arm.isin(['base', 'base_same', 'mars_po', 'mars_po_same'])])
+    start = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
+    assert start['Mars-PO, equal weaknesses'] == start['base, equal weaknesses'] < start['base'] == start['Mars-PO']
+
+
+def test_bias_of_a_selection_is_named_and_chance_is_not():
+    rng, named = np.random.default_rng(3), []
+    for run in range(200):
+        weights = rng.normal(100, 5, (5, 3, 3))
+        table = pd.DataFrame([dict(arm='mars_po', seed=s, iteration=t, source_agent=a, candidates=100., selected=weights[s, t, i], candidate_tokens=20., selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3) for i, a in enumerate('abc')])
+        named.append(str(flag_selection(table).failure[0]))
+    assert .01 < np.mean(['length' in n for n in named]) < .10  # .05, one standard error .015
+    assert np.mean(['source agent' in n for n in named]) < .08
+    biased = table.assign(selected=table.selected*np.where(table.source_agent == 'b', 1.4, 1), selected_tokens=table.selected_tokens + 3)
+    row = flag_selection(biased).iloc[0]
+    assert row.failure == 'length, source agent' and row.source_agent == 'b' and abs(row.longer - 3) < .6
+    with pytest.raises(ValueError, match='there twice'): flag_selection(pd.concat([table, table]))
+    with pytest.raises(ValueError, match="no column 'selected'"): flag_selection(table.drop(columns='selected'))
+
+
+def test_a_source_that_is_never_chosen_is_no_gap(everything):
+    table = everything['selection'].query("arm == 'mars_po_same'")
+    none = table.assign(selected=table.selected.where(table.source_agent != 'same-0', 0))
+    row = flag_selection(none).iloc[0]
+    assert np.isfinite([row.longer, row.favoured]).all() and row.source_agent != 'same-0'
+
+
+def test_grids_of_unequal_size_are_refused(everything):
+    with pytest.raises(ValueError, match='as many learning rates'): choose_rates(everything['rates'][1:])
+    chosen = choose_rates(everything['rates'])
+    assert {*chosen.learning_rate} == {3e-5} and chosen.edge.isna().all() and {*chosen.ties} == {'1e-5'} and {*chosen.grid} == {3}
+
+
+def test_rows_that_repeat_never_become_a_record(rows, costs, tmp_path):
+    twice = pd.concat([rows, rows[rows.seed == 1].assign(seed=0)])
+    with pytest.raises(ValueError, match="there twice .first: arm 'base', seed 0"): save_record(tmp_path, twice, costs, manifest)
+    save_record(tmp_path, rows, costs, manifest)
+    twice.to_parquet(tmp_path/'results.parquet')
+    with pytest.raises(ValueError, match='there twice'): redraw(tmp_path, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_names_have_one_look_each():
+    assert len({str(arm_style(a)) for a in arms}) == len({arm_label(a) for a in arms}) == len(arms) == 17
     assert arm_style('never_seen') == arm_style('never_seen')
