@@ -350,8 +350,8 @@ def plot_agents(
 
 # %% ../nbs/api/11_report.ipynb #4625534c
 def _front(table):
-    "Which rows of `accuracy` and `cost` nothing beats: as good or better for the same or less."
-    beats = lambda r: ((table.accuracy >= r.accuracy) & (table.cost <= r.cost) & ((table.accuracy > r.accuracy) | (table.cost < r.cost))).any()
+    "Which rows of `accuracy` and `cost` nothing beats: as good or better for the same or less, costs within 1 % being the same."
+    beats = lambda r: ((table.accuracy >= r.accuracy) & (table.cost <= 1.01*r.cost) & ((table.accuracy > r.accuracy) | (table.cost < .99*r.cost))).any()
     return np.array([not beats(r) for r in table.itertuples()])
 
 def _cost_rows(rows, costs):
@@ -371,7 +371,7 @@ def plot_cost(
     table = _cost_rows(rows, costs)
     y = np.arange(len(table)) + .6*(table.base.ne(table.base.shift()).cumsum() - 1)
     with figure_style():
-        figure = Picture(5.8, .75 + .17*y.max())
+        figure = Picture(5.8, .95 + .17*y.max())
         reached, spent = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
         for at, r in zip(y, table.itertuples()):
             reached.hlines(at, r.low, r.high, color=arm_style(r.Index)['color'], linewidth=.9, alpha=.75)
