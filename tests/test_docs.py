@@ -15,7 +15,9 @@ def test_site(copy):
              for folder in ('api', 'papers', 'tutorials') for p in (REPO/'nbs'/folder).glob('*.ipynb')}
     assert 'index.html' in pages and not named - pages, named - pages
     assert broken(site) == []
-    assert 'katex/katex.min.js' in (site/'api'/'problems.html').read_text()
+    page = (site/'api'/'problems.html').read_text()
+    assert page.index('>Tutorials<') < page.index('tutorials/from_one_problem.html') < page.index('>Papers<') < page.rindex('>API<'), 'the sidebar'
+    assert 'katex/katex.min.js' in page
     index = json.loads((site/'search.js').read_text().removeprefix('window.searchIndex = '))
     assert {'Problems', 'Agents'} <= {entry['title'] for entry in index}
     assert 'search.js' in (site/'site_libs'/'smalldocs.js').read_text()
