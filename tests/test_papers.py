@@ -12,7 +12,7 @@ PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 SMOKE = {
     'mars_po': {'preset': 'smoke'},
     'mars_po_rates': {'preset': 'smoke', 'arms': 'mars_po', 'rates': [1e-4]},
-    'small_agents': {'model': 'tiny:products', 'template': '', 'question': '{expression}', 'dtype': 'float32', 'n_train': 8, 'n_dev': 8, 'n_test': 8,
+    'small_agents': {'model': 'tiny:products', 'template': '', 'question': '{expression}', 'dtype': 'float32',
                      'n_lessons': 32, 'updates': 2, 'n_samples': 2},
     'tiny_world': {'trial': 'new', 'n': 20},
 }
