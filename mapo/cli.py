@@ -96,8 +96,8 @@ def _given(args): # the parameters of a command line
 def _run(args):
     report = run_notebook(args.experiment, _given(args), tuple(args.fresh))
     figures = report.parent/'figures'
-    print((figures/'results.md').read_text(encoding='utf-8'))
-    print(f'report   {report}\nfigures  {figures}')
+    for table in [p for p in (figures/'results.md', figures/'rates.md') if p.exists()][:1]: print(table.read_text(encoding='utf-8'))
+    print(f'report   {report}' + (f'\nfigures  {figures}' if figures.exists() else ''))
 
 # %% ../nbs/api/18_cli.ipynb #abfdd32a
 def _plan(args):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from .agents import Model, Team, escape, model_folder, printable
-from .mars_po import LICENCES, all_arms, mars_po_settings
+from .mars_po import LICENCES, all_arms, mars_po_settings, reward_scores
 from .report import Shown, show_table
 from .runs import Artifact, key_of
 
@@ -449,7 +449,6 @@ def assumptions(
     "What the numbers rest on."
     return [f'A prompt takes {plan.prompt_tokens} tokens with its template, an answer all of its max_tokens: most are shorter. A run refuses a prompt that does not fit into the window beside an answer (longest prompt).',
             'Every agent finds something to learn from; problems that leak between splits, which are left out, are counted.',
-            "The record's own look at each reward model, which scores the first team's evaluated answers once, is not counted.",
             f'One device holds one model at a time: sampling in batches of {BUDGET:,} tokens where token_budget is 0, training with the whole batch at once.',
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), rows of at most {MAX_LENGTH:,} tokens, without gradient '
             'checkpointing; a LoRA adapter leaves its base in the number format of sampling. Log-probabilities of the reference are computed before, once.',
@@ -488,5 +487,5 @@ def plan_mars_po(
     "What the Mars-PO experiment would take."
     settings = mars_po_settings(preset, **overrides)
     plan = Plan(f"mars_po, preset {preset}, arms {arms}, seeds {', '.join(map(str, seeds))}, {split} split", PROMPT_TOKENS['arithmetic' if settings.source == 'arithmetic' else 'benchmark'])
-    all_arms(plan, settings, arms, list(seeds), split)
+    reward_scores(plan, settings, all_arms(plan, settings, arms, list(seeds), split))
     return plan

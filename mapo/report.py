@@ -715,15 +715,18 @@ def _draw_lines(rows, manifest, folder):
         if name != 'training': files += save_figure(plot(rows[rows.arm.isin(arms)], run=manifest['run']), folder, name)
     return files
 
+def _draw_rates(rates, run, folder):
+    "The grid of learning rates, and what was chosen."
+    note = f'The best rate of each grid on dev; ties: rates within one standard error of the best. Run {run}.'
+    return save_figure(plot_rates(rates, run), folder, 'rates') + save_table(choose_rates(rates), folder, 'rates', note) + save_table(rates, folder, 'grid', f'Run {run}.')
+
 def _draw_tables(record, rows, manifest, folder):
     "Figures and tables from the further tables that a record may have."
     table, run, files = lambda name: pd.read_csv(Path(record)/f'{name}.csv') if (Path(record)/f'{name}.csv').is_file() else None, manifest['run'], []
     if (taught := table('pairs')) is not None:
         for arm in arm_order(taught.arm): files += save_figure(plot_teaching(taught[taught.arm == arm], run), folder, f'teaching_{arm}')
     if (log := table('training')) is not None: files += save_figure(plot_training(log, run, figure_arms(rows, manifest).get('training')), folder, 'training')
-    if (rates := table('rates')) is not None:
-        note = f'The best rate of each grid on dev; ties: rates within one standard error of the best. Run {run}.'
-        files += save_figure(plot_rates(rates, run), folder, 'rates') + save_table(choose_rates(rates), folder, 'rates', note)
+    if (rates := table('rates')) is not None: files += _draw_rates(rates, run, folder)
     if (selection := table('selection')) is not None:
         note = f'Chosen positives against their candidates, t over seeds; failure: the interval excludes zero, for the source agent after Holm over agents; over arms nothing is corrected. Run {run}.'
         files += save_table(flag_selection(selection), folder, 'selection', note)
@@ -747,7 +750,9 @@ def redraw(
     record, # figures/record/PAPER
     folder, # where figures and tables go
 )->list: # the files written
-    "Draw all figures and tables of a paper from its record: the same bytes every time."
+    "Draw all figures and tables of a paper from its record: the same bytes every time; of a grid's record, which holds `rates.csv` alone, the rates."
+    if (grid := Path(record)/'rates.csv').is_file() and not (Path(record)/'results.parquet').is_file():
+        return _draw_rates(pd.read_csv(grid), json.loads((Path(record)/'manifest.json').read_text(encoding='utf-8'))['run'], folder)
     rows, costs, manifest = load_record(record)
     run = manifest['run']
     files = _draw_lines(rows, manifest, folder) + _draw_tables(record, rows, manifest, folder)
