@@ -243,7 +243,7 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
     if s.reward_model: return dict(model=_model('reward', s.reward_model, s.dtype))
     selection = replace(s.selection(seed), order='', verified=True, n_positives=0, n_negatives=0, n_pairs=2*s.n_pairs)
     data = run.stage(build_reward_data, turns=turns, scores=_graded(run, s, graded, seed), problems=problems, selection=selection)
-    if why := nothing(data): raise ValueError(f'reward model: {why}')
+    if why := nothing(data): raise ValueError(f'mars_po: {why}')
     settings = _batch(s) | dict(updates=s.reward_updates, learning_rate=s.reward_learning_rate, seed=seed)
     training = run.stage(tune_reward, init=_model('reward', s.reward_init), pairs=data, settings=settings, checkpoint_every=s.checkpoint_every)
     return dict(model=trained(_model('reward', s.reward_init), training), training=training)

@@ -1,6 +1,6 @@
 """The experiment, its notebook and its command line agree; variants that a notebook cell would take too long to show."""
 import subprocess, sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -8,10 +8,12 @@ import pytest
 
 from conftest import REPO, command
 from mapo.cli import checked, main, notebook, parameters
-from mapo.mars_po import ARMS, MARS_PO, MarsPO, mars_po_experiment, mars_po_settings
-from mapo.runs import Run
+from mapo.mars_po import ARMS, MARS_PO, MarsPO, all_arms, judge_rewards, mars_po_experiment, mars_po_settings, reward_scores, write_record
+from mapo.report import redraw
+from mapo.runs import Run, stage
+from mapo.tiny import train_tiny
 
-SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4)
+SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4, reward_updates=2)
 
 
 def test_the_notebook_offers_every_setting_and_nothing_else():
@@ -39,19 +41,78 @@ def test_the_initial_reference_is_not_the_previous_one(tmp_path):
     "At iteration 2 the first step's log-ratios are zero against the previous model, and not against the initial one."
     margins = {}
     for reference in ('previous', 'initial'):
-        record = mars_po_experiment(Run(reference, {}, root=tmp_path), mars_po_settings('smoke', **SMALL, reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
+        record = mars_po_experiment(Run(reference, {}, root=tmp_path), mars_po_settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
         curves = pd.read_csv(record/'training.csv').set_index('step')
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
     assert margins['initial'][0] == pytest.approx(0, abs=1e-4) and margins['initial'][1] > 1e-3
 
 
-def test_arms_share_the_samples_they_have_in_common(tmp_path):
-    run = Run('shared', {}, root=tmp_path)
-    mars_po_experiment(run, mars_po_settings('smoke', **SMALL | dict(iterations=1)), 'all', [0], 'dev')
-    sampled = [s for s in run.stages if s['stage'] == 'sample_alone']
-    trained = [arm for arm in ARMS.values() if arm.data]
-    assert len({s['key'] for s in sampled}) == 2*(2 + 1) + 2*len(trained) # a team: two evaluations of its base, once for training; two evaluations an arm
+@pytest.fixture(scope='module')
+def every(tmp_path_factory):
+    "One iteration of every arm: the run, what each arm did, and the record."
+    run = Run('every', {}, root=tmp_path_factory.mktemp('every'))
+    settings = mars_po_settings('smoke', **SMALL | dict(iterations=1))
+    done = all_arms(run, settings, 'all', [0], 'dev')
+    return run, done, write_record(run, settings, done, judge_rewards(settings, done, reward_scores(run, settings, done)))
+
+
+def test_arms_share_the_samples_they_have_in_common(every):
+    keys = lambda same: {steps[0]['turns'].key for (arm, _), steps in every[1].items() if 'turns' in steps[0] and arm.endswith('_same') == same}
+    assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
+
+
+def test_arms_that_are_compared_learn_from_the_same_problems(every):
+    asked = lambda arm, agent: set(every[1][arm, 0][0]['chosen'][agent].read('data').problem_id)
+    for agent in every[1]['mars_po', 0][0]['chosen']:
+        assert asked('mars_po', agent) == asked('sft_hybrid', agent) == asked('mars_po_random', agent) == asked('mars_po_pooled', agent)
+
+
+def test_a_reward_model_learns_the_grades_its_arm_sees_and_is_shared_where_they_are_the_same(every):
+    model = lambda arm: every[1][arm, 0][0]['ranker']['model'].path
+    assert model('mars_po') == model('sft_own') == model('dpo') == model('mars_po_ranked')
+    assert len({model('mars_po'), model('mars_po_flipped'), model('mars_po_same')}) == 3
+    assert every[1]['mars_po_random', 0][0]['ranker'] is None
+
+
+def test_the_record_of_every_arm_is_drawn(every, tmp_path):
+    record = every[2]
+    assert set(pd.read_parquet(record/'results.parquet').arm) == set(ARMS)
+    assert set(pd.read_csv(record/'selection.csv').arm) == {arm.name for arm in ARMS.values() if arm.data}
+    assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'} # the first that each reward model chose for
+    drawn = {p.name for p in redraw(record, tmp_path)}
+    assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png', 'training.png'} <= drawn
+
+
+def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
+    @stage()
+    def make_agent(draft, *, name:str, seed:int, share:float): train_tiny(name, seed, draft.path, share=.02)
+    monkeypatch.setattr('mapo.mars_po.make_agent', make_agent)
+    settings = mars_po_settings('smoke', **SMALL, retrain=[1])
+    done = all_arms(Run('retrain', {}, root=tmp_path), settings, 'base', [0, 1], 'dev')
+    keys = {seed: set(steps[0]['measured']['evaluate'][0].read('turns').model_key) for (_, seed), steps in done.items()}
+    assert len(keys[0]) == len(keys[1]) == 3 and not keys[0] & keys[1]
+    with pytest.raises(ValueError, match='seed 1 retrains its agents, which only tiny agents can be'):
+        all_arms(Run('other', {}, root=tmp_path), replace(settings, agents=('somebody/model',)), 'base', [1], 'dev')
+
+
+@pytest.mark.parametrize('how,sentence', [
+    (dict(seeds=[0, 0]), r'seeds must be distinct whole numbers, at least one, not \[0, 0\]'),
+    (dict(seeds=[]), 'seeds must be distinct whole numbers'),
+    (dict(split='train'), "split must be 'dev' or 'test', not 'train'"),
+    (dict(arms='mars'), "mars_po has no arm 'mars'")])
+def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        all_arms(Run('refused', {}, root=tmp_path), mars_po_settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
+    assert not list(tmp_path.rglob('*.parquet'))
+
+
+@pytest.mark.parametrize('path,sentence', [
+    ('tiny:base', "has no score head|is not a reward model|reward"),
+    ('./nowhere', "there is no file or folder './nowhere'")])
+def test_a_reward_model_that_is_none_is_refused(path, sentence, tmp_path):
+    settings = mars_po_settings('smoke', **SMALL, reward_model=path)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence): all_arms(Run('none', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
 
 
 def test_one_more_alpha_trains_again_and_does_not_sample_again(tmp_path):
@@ -65,7 +126,7 @@ def test_one_more_alpha_trains_again_and_does_not_sample_again(tmp_path):
 
 def test_nobody_right_is_one_sentence(tmp_path):
     settings = mars_po_settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
-    with pytest.raises(ValueError, match="mars_po: no pairs for agent 'products' from 8 problems"): mars_po_experiment(Run('wrong', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
+    with pytest.raises(ValueError, match='mars_po: no pairs for the reward model from 8 problems'): mars_po_experiment(Run('wrong', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
 
 
 @pytest.mark.parametrize('command,sentence', [
