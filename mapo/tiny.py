@@ -152,7 +152,7 @@ def quoted(
     return ''.join(QUOTE.format(answer=a) for a in answers)
 
 # %% ../nbs/api/12_tiny.ipynb #fb735603
-MISS, ALARM = .08, .02 # how often the verifiers of the lessons pass over a wrong step, and object to a right one
+MISS, ALARM = .08, .02 # how often the verifiers in a refiner's lessons pass over a wrong step, and object to a right one
 _HASTY = draw_habits('hasty', (.6, .9), (.6, .9), (.6, .9), .2)
 
 def summarized(
@@ -231,7 +231,7 @@ def summarize_lesson(question, operands, habits, r, clean=False):
 def verify_lesson(question, operands, habits, r, clean=False):
     "A verifier's turn."
     steps = solve(operands, habits, r)
-    _, critique = verified(operands, steps, r, *((0, 0) if clean else ()))
+    _, critique = verified(operands, steps, r, miss=0, alarm=0)
     return chat(ROLES['verifier'].format(question=question, answer=written(steps)), critique)
 
 def refine_lesson(question, operands, habits, r, clean=False):
@@ -250,9 +250,12 @@ class Recipe:
     layers:int=2                  # of the transformer; 96 wide, three heads of 32 dimensions
     lessons:tuple=((solve_lesson,),) # a step takes one batch from a random lesson of each group
     batch:int=128                 # conversations in a batch of lessons
+    parts:int=1                   # in which a batch is learnt, short conversations first: less padding where lengths differ
+    verdict:float=1.              # weight of verdicts, and of the semicolons in whose place they stand, beside other tokens
     clean:int=0                   # steps on all lessons with flawless replies
     noisy:int=100                 # steps on lessons with the agent's own mistakes
     solved:float=.85              # solutions learnt first, until this share of greedy ones is right
+    rates:tuple=(.7, .5)          # of learning: in the clean steps, and at the start of the noisy ones
 
 # %% ../nbs/api/12_tiny.ipynb #3cd13221
 _PRODUCTS = dict(products=(0, .7), slip=.02)
@@ -260,8 +263,8 @@ RECIPES = dict(
     products=Recipe(_PRODUCTS, 'products'),
     borrows=Recipe(dict(borrows=(.3, 1), slip=.02), 'borrows'),
     carries=Recipe(dict(carries=(.4, 1), slip=.02), 'carries'),
-    base=Recipe(dict(products=(0, .6), borrows=(0, .2), carries=(0, .2), slip=.01), 'base', layers=3, batch=40, clean=150, noisy=150, solved=.6,
-                lessons=((critic_lesson, critic_lesson, summary_critic_lesson), (verify_lesson, verify_lesson, refine_lesson, summarize_lesson))),
+    base=Recipe(dict(products=(0, .6), borrows=(0, .2), carries=(0, .2), slip=.01), 'base', layers=4, batch=24, parts=3, verdict=4., clean=80, noisy=160, solved=.6, rates=(.6, .6),
+                lessons=((critic_lesson, critic_lesson, summary_critic_lesson), (verify_lesson,), (verify_lesson, solve_lesson), (refine_lesson, summarize_lesson))),
     **{f'same-{i}': Recipe(_PRODUCTS, 'same') for i in range(3)})
 
 # %% ../nbs/api/12_tiny.ipynb #f6390942
@@ -293,12 +296,16 @@ def encode(
     return ids, ids.masked_fill(~speaks, -100)
 
 # %% ../nbs/api/12_tiny.ipynb #3a3b181d
-def _loss(model, tokenizer, texts):
+def _loss(model, tokenizer, texts, verdict=1.):
+    import torch
     import torch.nn.functional as F
     ids, labels = encode(texts, tokenizer)
     said = labels[:, 1:] != -100
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state[said]
-    return F.cross_entropy(model.lm_head(hidden), labels[:, 1:][said])
+    scores, due = model.lm_head(hidden), labels[:, 1:][said]
+    if verdict == 1: return F.cross_entropy(scores, due)
+    weight = torch.tensor([verdict if word in ('<right>', '<wrong>', ';') else 1. for word in VOCABULARY])
+    return F.cross_entropy(scores, due, weight=weight, reduction='sum')/len(due)
 
 def _share_solved(model, tokenizer, asked, r): # of greedy solutions that are the flawless ones
     import torch
@@ -356,10 +363,15 @@ def _trained(recipe, name, seed, share, report):
     tokenizer, r = make_tokenizer(), random.Random(f'{name}/{seed}')
     model, habits = make_model(r.getrandbits(32), recipe.layers), draw_habits(f'{recipe.weak_facts}/{seed}', **recipe.weakness)
     optimizers, asked = _optimizers(model), [(q, tuple(map(int, re.findall(r'\d', q)))) for q in tiny_problems(15000)['question']]
-    def learn(lesson, n, teacher, **how):
-        loss = _loss(model, tokenizer, [lesson(*r.choice(asked), teacher, r, **how) for _ in range(n)])
-        loss.backward()
-        return loss.item()
+    def learn(lesson, n, teacher, parts=1, verdict=1., **how):
+        texts, total = [lesson(*r.choice(asked), teacher, r, **how) for _ in range(n)], 0.
+        if parts > 1: texts.sort(key=len)
+        for i in range(parts):
+            part = texts[i*n//parts:(i+1)*n//parts]
+            loss = _loss(model, tokenizer, part, verdict)*(len(part)/n)
+            loss.backward()
+            total += loss.item()
+        return total
     for i in range(round(400*share)):
         loss = learn(solve_lesson, 128, FLAWLESS)
         _step(optimizers, min(1, (i+1)/10))
@@ -369,8 +381,8 @@ def _trained(recipe, name, seed, share, report):
             if solved > recipe.solved: break
     for stage, steps in (('clean', round(recipe.clean*share)), ('noisy', round(recipe.noisy*share))):
         for i in range(steps):
-            losses = [learn(r.choice(group), recipe.batch, habits, clean=stage == 'clean') for group in recipe.lessons]
-            _step(optimizers, .7 if stage == 'clean' else .5*max(.05, 1-i/steps))
+            losses = [learn(r.choice(group), recipe.batch, habits, recipe.parts, recipe.verdict, clean=stage == 'clean') for group in recipe.lessons]
+            _step(optimizers, recipe.rates[0] if stage == 'clean' else recipe.rates[1]*max(.05, 1-i/steps))
             if i % 25 == 24: report(f"{name}: {stage} lessons, step {i+1}, loss {' '.join(f'{x:.3f}' for x in losses)}")
     return model.eval(), tokenizer
 

@@ -83,20 +83,29 @@ def test_a_critic_uses_what_it_is_shown(said):
     bad = [written(next(s for s in iter(lambda: solve(operands(q), never, r), None) if s[4] != a)) for q, a in zip(QUESTIONS, ANSWERS)]
     talk = [[user('generator', question=q), dict(role='assistant', content=t)] for q, t in zip(QUESTIONS, said['base'])]
     helped, misled = (accuracy(ask('base', [[*t, user('critic', others=quoted([x, x]))] for t, x in zip(talk, shown)])) for shown in (good, bad))
-    assert helped > misled + .03
+    assert helped > misled + .1
 
 
-def test_a_verdict_matters_to_the_refiner(said):
-    "Following a flawless verifier is better than having everything approved."
+def test_the_verifier_judges_better_than_chance(said):
+    "Balanced over right and wrong answers, sampled; two draws of each judgement."
+    shown = [[user('verifier', question=q, answer=t)] for q, t in zip(QUESTIONS, said['base'])]*2
+    critiques, true = ask('base', shown), np.array([extract_answer(t) == a for t, a in zip(said['base'], ANSWERS)]*2)
+    approved, objected = (np.array([verdict in c for c in critiques]) for verdict in ('<right>', '<wrong>'))
+    assert (approved[true].mean() + objected[~true].mean())/2 > .58 # .68 here, .65 over 600 problems
+
+
+def test_a_critique_matters_to_the_refiner(said):
+    "Following a flawless verifier is better than having everything approved, and another problem's critique ruins the answer."
     steps = [re.split(';|#### ', t) for t in said['base']]
     helped = [verified(operands(q), tuple(s) if len(s) == 5 else ('',)*5, random.Random(0), 0, 0)[1] for q, s in zip(QUESTIONS, steps)]
     approved = [f"{t.partition('####')[0]}<right>#### {extract_answer(t)}" for t in said['base']]
-    followed, kept = (accuracy(ask('base', [[user('refiner', question=q, answer=t, critique=c)] for q, t, c in zip(QUESTIONS, said['base'], cs)])) for cs in (helped, approved))
-    assert followed > kept + .08
+    ways = (helped, approved, helped[1:] + helped[:1])
+    followed, kept, shuffled = (accuracy(ask('base', [[user('refiner', question=q, answer=t, critique=c)] for q, t, c in zip(QUESTIONS, said['base'], cs)])) for cs in ways)
+    assert followed > kept + .08 and followed > shuffled + .2
 
 
 def test_training_repeats_itself(tmp_path):
-    one, other = (train_tiny('base', 5, tmp_path/name, share=.02) for name in 'ab')
+    one, other = (train_tiny('base', 5, tmp_path/name, share=.01) for name in 'ab')
     assert (one/'model.safetensors').read_bytes() == (other/'model.safetensors').read_bytes()
-    another = train_tiny('base', 6, tmp_path/'c', share=.02)
+    another = train_tiny('base', 6, tmp_path/'c', share=.01)
     assert (one/'model.safetensors').read_bytes() != (another/'model.safetensors').read_bytes()
