@@ -66,7 +66,7 @@ class MarsPO:
     micro_batch_size:int=0       # rows per forward pass, a divisor of `batch_size`; 0 takes the batch at once; ours
     updates:int=50               # per agent and iteration, the same for all arms; the paper is silent
     learning_rate:float=3e-5     # of arms that `learning_rates` does not name; paper: "7e-7", for models of 7-8 B
-    learning_rates:dict=field(default_factory=dict) # arm -> rate, each chosen on dev from one grid for all arms; ours
+    learning_rates:dict=field(default_factory=dict) # arm -> rate, chosen on dev from one grid for all arms; ours
     init:str='previous'          # training starts from the 'previous' iteration's model or the 'initial' one; the paper's agents are trained on
     reference:str='previous'     # DPO is held to the 'previous' model (IRPO) or the 'initial' one; the paper is silent
     lora_rank:int=0              # 0 trains all weights; the paper is silent
@@ -173,7 +173,7 @@ _BOXED = 'Solve the problem step by step, and put the final answer in \\boxed{{}
 
 MARS_PO = dict(
     smoke=MarsPO(n_train=24, n_dev=16, n_test=16, n_samples=4, n_evaluate=2, iterations=2, updates=3, reward_updates=3),
-    tiny=MarsPO(),
+    tiny=MarsPO(learning_rates=dict(sft_own=3e-4, mars_po_one_iteration=1e-5)),
     small=MarsPO(agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct', 'Qwen/Qwen2.5-0.5B-Instruct'),
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,
                  dtype='bfloat16', source='gsm8k', n_train=2000, n_dev=400, n_test=0, max_tokens=384, micro_batch_size=4, updates=120, learning_rate=1e-6,
@@ -282,7 +282,7 @@ def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteratio
     return {purpose: answers(run, s, team, problems, purpose, iteration, seed, split) for purpose in ('evaluate', 'greedy')}
 
 # %% ../nbs/api/14_mars_po.ipynb #5fb07a9c
-COMPARISONS = [['mars_po', 'base'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'], ['mars_po', 'mars_po_no_nll'], ['mars_po', 'mars_po_pooled']]
+COMPARISONS = [['mars_po', 'base'], ['mars_po', 'sft_own'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'], ['mars_po', 'mars_po_no_nll']]
 CLAIMS = [
     dict(claim='Mars-PO improves the agents', paper='Llama3.1-8B-Instruct on MATH 50.38 to 57.82 (abstract)', tests=[['mars_po', 'base']]),
     dict(claim='... and is better than supervised fine-tuning', paper='stated for GSM8K and MATH; the numbers of its Table 1 are not at hand', tests=[['mars_po', 'sft_hybrid'], ['mars_po', 'sft_own']]),
