@@ -334,7 +334,7 @@ def plot_agents(
     summary, base = accuracy(rows, by=('arm', 'iteration', 'agent'), metric=metric), bases(rows)
     names = sorted(summary.agent.unique())
     with figure_style():
-        figure = Picture(max(1.9*len(names), 3.2), 2.6)
+        figure = Picture(max(1.9*len(names), 5.0), 2.6)
         panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axes, name in zip(panels, names):
             _lines(axes, summary[summary.agent == name], base)
