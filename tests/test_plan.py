@@ -7,7 +7,7 @@ import pytest
 
 from conftest import REPO, command
 from mapo.agents import CHECKPOINTS, Model
-from mapo.mars_po import LICENCES, MARS_PO, all_arms, mars_po_settings
+from mapo.mars_po import LICENCES, MARS_PO, all_arms, mars_po_settings, reward_scores
 from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, MAX_LENGTH, Sizes, count_parameters, licence_lines, lora_parameters, plan_mars_po, sampling_table, sizes,
                        teachers, totals, training_memory)
 from mapo.runs import Run
@@ -20,7 +20,8 @@ def ran(tmp_path_factory):
     "A real run of the smallest preset, and the plan of the same."
     folder = tmp_path_factory.mktemp('plan')
     run = Run('mars_po', dict(preset='smoke', arms=ARMS), root=folder)
-    all_arms(run, mars_po_settings('smoke', checkpoint_every=2), ARMS, [0], 'dev')
+    settings = mars_po_settings('smoke', checkpoint_every=2)
+    reward_scores(run, settings, all_arms(run, settings, ARMS, [0], 'dev'))
     return run, plan_mars_po('smoke', ARMS, checkpoint_every=2)
 
 
