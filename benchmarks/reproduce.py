@@ -9,7 +9,7 @@ import argparse, json, os, resource, subprocess, sys, tempfile
 from collections import Counter
 from pathlib import Path
 
-ENGINE_AND_TRAINER = ('sample_alone', 'tune_sft', 'tune_dpo')
+ENGINE_AND_TRAINER = ('sample_alone', 'score_turns', 'tune_reward', 'tune_sft', 'tune_dpo')
 
 
 def cpu_seconds(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
