@@ -201,7 +201,7 @@ def test_a_record_of_everything_draws_every_figure_twice_the_same(everything, tm
     comparisons = [['mars_po', 'dpo_nll'], ['mars_po_same', 'base_same']]
     save_record(tmp_path/'record', everything['rows'], everything['costs'], manifest | dict(comparisons=comparisons, claims=[]), training=everything['training'], rates=everything['rates'], selection=everything['selection'])
     names = {f.stem for f in redraw(tmp_path/'record', tmp_path/'one')}
-    assert names == {'accuracy', 'ablations', 'same', 'agents', 'training', 'cost', 'rates', 'selection', 'results', 'failures', 'comparisons', 'checkpoints'}
+    assert names == {'accuracy', 'ablations', 'same', 'agents', 'training', 'cost', 'rates', 'grid', 'selection', 'results', 'failures', 'comparisons', 'checkpoints'}
     redraw(tmp_path/'record', tmp_path/'two')
     same_files(tmp_path/'one', tmp_path/'two')
     assert 'A seed varies the draw.' in (tmp_path/'one/comparisons.md').read_text()
@@ -259,3 +259,11 @@ def test_rows_that_repeat_never_become_a_record(rows, costs, tmp_path):
 def test_names_have_one_look_each():
     assert len({str(arm_style(a)) for a in arms}) == len({arm_label(a) for a in arms}) == len(arms) == 17
     assert arm_style('never_seen') == arm_style('never_seen')
+
+
+def test_a_grid_of_rates_alone_is_a_record(tmp_path):
+    tried = pd.DataFrame([dict(arm=a, learning_rate=r, accuracy=.5 + r*1000, low=.4, high=.7, seeds=1, problems=50, run='grid-1') for a in ('dpo', 'mars_po') for r in (1e-5, 3e-5, 1e-4)])
+    tried.to_csv(tmp_path/'rates.csv', index=False)
+    (tmp_path/'manifest.json').write_text('{"run": "grid-1"}')
+    assert {p.name for p in redraw(tmp_path, tmp_path/'drawn')} == {'rates.png', 'rates.svg', 'rates.csv', 'rates.md', 'grid.csv', 'grid.md'}
+    assert 'grid-1' in (tmp_path/'drawn'/'rates.md').read_text()
