@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForSequenceClassification
 
 from mapo.agents import Model
-from mapo.engines import (Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model, load_tokenizer, new_reward_model,
+from mapo.engines import (UNLIMITED, Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model, load_tokenizer, new_reward_model,
                           save_model)
 
 PRODUCTS = Model('products', 'tiny:products')
@@ -57,6 +57,34 @@ def test_answers_do_not_depend_on_the_budget(engine):
     requests = [ask(q, seed=i, n=2) for i, q in enumerate(QUESTIONS)]
     texts = lambda e: [[c.text for c in cs] for cs in e.generate(requests, Sampling(max_tokens=80))]
     assert texts(engine) == texts(small)
+
+
+def test_lengths_are_those_of_the_contexts_that_are_answered(engine):
+    "Whole conversations, too: what `prompt_lengths` says beforehand is what `generate` counts."
+    talk = [dict(role='user', content='<solve>2*3+4*5-6'), dict(role='assistant', content='6+20-6 #### 20'), dict(role='user', content='<solve>2*3+4*5-7')]
+    conversations = [talk, talk[:1], talk+talk[1:]]
+    reader = TransformersEngine(PRODUCTS, device='cpu', progress=False)
+    assert reader.prompt_lengths([]) == []
+    lengths = reader.prompt_lengths(conversations)
+    assert lengths == [c[0].prompt_tokens for c in engine.generate([Request(tuple(c), 0) for c in conversations], Sampling(max_tokens=1))]
+    assert lengths[1] < lengths[0] < lengths[2] and reader._net is None
+
+
+def test_an_answer_may_fill_the_window_to_its_last_token(engine):
+    request = ask('1+'*400)
+    [length] = engine.prompt_lengths([request.messages])
+    room = engine.window-length
+    assert engine.generate([request], Sampling(temperature=0, max_tokens=room))[0][0].prompt_tokens == length
+    with pytest.raises(ValueError, match=f"'products' has a window of 1,024 tokens: a context of {length} leaves no room for max_tokens={room+1}"):
+        engine.generate([request], Sampling(max_tokens=room+1))
+
+
+def test_a_model_without_a_window(tmp_path):
+    "RWKV and Mamba count no positions."
+    from transformers import MambaConfig
+    load_tokenizer(PRODUCTS).save_pretrained(tmp_path)
+    MambaConfig(vocab_size=155, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert TransformersEngine(Model('mamba', str(tmp_path)), device='cpu').window == UNLIMITED
 
 
 def test_a_model_without_weights_or_on_no_hub_is_refused_in_a_sentence(tmp_path, monkeypatch):
