@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo.pairs import (MESSAGES, NothingToLearn, Selection, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
+from mapo.pairs import (MESSAGES, NothingToLearn, Selection, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
                         own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners)
 from mapo.rewards import example_turns
 
@@ -240,3 +240,40 @@ def test_winners_of_other_turns_are_refused():
 def test_hashing_once_changes_nothing():
     turns, contexts = random_turns(15)
     for agent in AGENTS: assert hybrid_pairs(hashed(turns), contexts, agent).table.equals(hybrid_pairs(turns, contexts, agent).table)
+
+
+def random_debate(seed, n_problems=60, seats=3, rounds=3):
+    "Turns whose answers agree at random, a summary before every critic's turn, in shuffled order with a broken index."
+    rng = np.random.default_rng(seed)
+    rows = [dict(turn_id=f'{p}-{s}-{r}{role[0]}', context_id=f'{p}-{s}-{r}{role[0]}', problem_id=f'p{p}', split='train', purpose='train', iteration=1, round=r, seat=s,
+                 agent=f'{role}-{s}', role=role, text=f'{role} {s} {r}', finish_reason='stop', model_key='m', agrees=float(rng.random() < .6))
+            for p in range(n_problems) for s in range(seats) for r in range(rounds) for role in (['generator'] if r == 0 else ['summarizer', 'critic'])]
+    return pd.DataFrame(rows, index=np.zeros(len(rows), int)).sample(frac=1, random_state=seed)
+
+
+@pytest.mark.parametrize('critic_turns', ['last', 'all agreeing'])
+@pytest.mark.parametrize('share', [0, .1, 1/3, .5, 2/3, 1])
+def test_critics_learn_corrected_and_kept_turns_in_the_stated_share(share, critic_turns):
+    for seed in range(5):
+        debate = random_debate(seed)
+        found, counts = corrected_and_kept(debate, 1, share, critic_turns)
+        said = {(t.problem_id, t.round): t.agrees for t in debate[(debate.seat == 1) & (debate.role != 'summarizer')].itertuples()}
+        may = {(p, r) for (p, r), agrees in said.items() if said[p, 2] and r > 0 and (agrees if critic_turns == 'all agreeing' else r == 2)}
+        sets = dict(corrected={c for c in may if not said[c[0], 0]}, kept={c for c in may if said[c[0], 0]})
+        taken = {name: {(t.problem_id, t.round) for t in found[found.lesson == name].itertuples()} for name in sets}
+        assert all(taken[name] <= sets[name] for name in sets) and set(found.seat) == {1} and set(found.role) == {'critic'}
+        assert any(taken[name] == sets[name] for name in sets), 'only the larger set is cut'
+        assert abs(len(taken['corrected']) - share*len(found)) <= .5 + 1e-9
+        assert counts['count'].sum() == 120
+
+
+def test_the_order_of_the_turns_decides_nothing_about_critics():
+    debate = random_debate(0)
+    drawn = [set(corrected_and_kept(t, 0).table.turn_id) for t in (debate, debate[::-1])]
+    assert drawn[0] == drawn[1] != set(corrected_and_kept(debate, 0, seed=1).table.turn_id)
+
+
+def test_a_seat_without_corrections_has_nothing_to_learn_but_what_it_kept():
+    debate = random_debate(0).assign(agrees=1.)
+    with pytest.raises(NothingToLearn, match='nothing to learn for the critic of seat 2: 60 not the last turn, 60 kept over the share'): corrected_and_kept(debate, 2)
+    assert len(corrected_and_kept(debate, 2, share=0).table) == 60
