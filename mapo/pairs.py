@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'EMPTY', 'RIGHT', 'MESSAGES', 'CRITIC_TURNS', 'Selection', 'NothingToLearn', 'Built', 'keep', 'ledger',
            'hash_texts', 'hashed', 'distinct', 'winners', 'losers', 'own_contexts', 'cross', 'take_texts',
            'hybrid_pairs', 'own_pairs', 'pooled_pairs', 'bare_questions', 'reward_pairs', 'teach', 'hybrid_positives',
-           'own_positives', 'with_mistakes', 'corrected_and_kept', 'to_arrow']
+           'own_positives', 'with_mistakes', 'corrected_and_kept', 'label_values', 'to_arrow']
 
 # %% ../nbs/api/06_pairs.ipynb #af15d638
 from dataclasses import dataclass
@@ -432,6 +432,8 @@ def _of_seat(turns, seat): # its answers, round by round; each problem has one i
     own = turns[(turns['seat'] == seat) & (turns['role'] != 'summarizer')].sort_values('round', kind='stable')
     twice = own[own.duplicated(['problem_id', 'round'])]
     if len(twice): raise ValueError(f"seat {seat} answered problem {twice['problem_id'].iat[0]!r} twice in round {twice['round'].iat[0]}: take the turns of one debate")
+    late = own.loc[own.groupby('problem_id')['round'].transform('min') > 0, 'problem_id']
+    if len(late): raise ValueError(f'seat {seat} has no first answer to problem {late.iat[0]!r}: take the turns of whole debates')
     if own['round'].max() == 0: raise ValueError(f'seat {seat} has no critic turn: a debate of one round (M = 1) has generators alone')
     return own
 
@@ -446,6 +448,19 @@ def _mixed(found, share, seed, fates, seat): # cut the larger set, so that `shar
     found = found[place <= found['lesson'].map(fates)]
     if found.empty: raise NothingToLearn(f"nothing to learn for the critic of seat {seat}: " + ', '.join(f'{count} {fate}' for fate, count in fates.items() if count))
     return Built(found, ledger('critic turns', fates))
+
+# %% ../nbs/api/06_pairs.ipynb #569b002e
+def label_values(
+    turns:pd.DataFrame,  # with `value`, as `mapo.rewards.propagate` gives it
+    threshold:float=0.5, # positive above it, strictly; MALT, section 4.2
+    gap:float=0.,        # least difference of a positive and a negative value; the paper has none
+)->pd.DataFrame: # the same turns with the score `positive`: 1, 0, or NaN for neither
+    "Call turns positive or negative by their value."
+    for name, number in dict(threshold=threshold, gap=gap).items():
+        if not 0 <= number <= 1: raise ValueError(f'{name} must lie in [0, 1], not {number}')
+    check_turns(turns, 'value', mixed=True)
+    high,low = turns['value'] > round(threshold + gap/2, 9),turns['value'] <= round(threshold - gap/2, 9)
+    return turns.assign(positive=np.select([high, low], [1., 0.], np.nan))
 
 # %% ../nbs/api/06_pairs.ipynb #def11bc3
 def to_arrow(

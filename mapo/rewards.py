@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'READ', 'GOLD', 'score_rows', 'example_turns', 'check_turns', 'read_answers', 'problem_facts',
-           'grade', 'with_scores', 'seeded_draw', 'vote', 'canonical_answers', 'agrees', 'flip_labels', 'bare_question',
-           'reward', 'concordance', 'order_among_right', 'reward_table']
+           'grade', 'with_scores', 'seeded_draw', 'vote', 'canonical_answers', 'agrees', 'propagate', 'parent_rows',
+           'example_tree', 'Tree', 'show_tree', 'flip_labels', 'bare_question', 'reward', 'concordance',
+           'order_among_right', 'reward_table']
 
 # %% ../nbs/api/05_rewards.ipynb #c370e695
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from .agents import escape, printable
 from .answers import Grader, canonical_answer, extract_answer
 
 # %% ../nbs/api/05_rewards.ipynb #e5cc7619
@@ -172,6 +174,113 @@ def agrees(
     if len(lost): raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem without a vote, first {lost.iloc[0]!r}: vote on all of them')
     same = canonical_answers(turns, problems).to_numpy(object) == turns['problem_id'].map(last).to_numpy(object)
     return score_rows(turns, 'agrees', 'majority-1', value=same & turns['answer'].notna())
+
+# %% ../nbs/api/05_rewards.ipynb #8bf1f96d
+def propagate(
+    turns:pd.DataFrame, # trees: `turn_id, parent_ids, problem_id, round, text`, and `correct` on the leaves, the turns of the last round
+)->pd.DataFrame: # the same turns with `value` in [0, 1]
+    "Credit every turn with the mean value of its children (MALT, section 4.2)."
+    check_turns(turns, 'problem_id', 'text', 'correct')
+    parent,level = parent_rows(turns),turns['round'].to_numpy()
+    node,leaves = _merged(turns, parent, level),np.flatnonzero(level == level.max(initial=0))
+    size = node.max(initial=-1) + 1
+    total,count = np.bincount(node[leaves], _worth(turns.iloc[leaves]), size),np.bincount(node[leaves], minlength=size)
+    for i in range(level.max(initial=0), 0, -1):
+        children = np.flatnonzero(level == i)
+        above,values = node[parent[children]],(total/np.maximum(count, 1))[node[children]]
+        total,count = total + np.bincount(above, values, size),count + np.bincount(above, minlength=size)
+    return turns.assign(value=(total/np.maximum(count, 1))[node])
+
+# %% ../nbs/api/05_rewards.ipynb #1ed1ec04
+def parent_rows(
+    turns:pd.DataFrame, # trees: `turn_id, parent_ids, round`
+)->np.ndarray: # the place of each turn's parent in the table, -1 for the turns of round 0
+    "Find everybody's parent."
+    check_turns(turns, 'parent_ids', 'round')
+    ids,level = turns['turn_id'].to_numpy(),turns['round'].to_numpy()
+    many = np.fromiter(map(len, turns['parent_ids']), int, len(turns))
+    for i in np.flatnonzero(many != (level > 0))[:1]: raise ValueError(f'turn {ids[i]!r} of round {level[i]} has {many[i]} parents: in a tree it has {int(level[i] > 0)}')
+    names = pd.Series([p[0] for p in turns['parent_ids'] if len(p)], dtype=object)
+    found = pd.Index(ids).get_indexer(names)
+    lost = names[found < 0]
+    if len(lost): raise ValueError(f'parent {lost.iat[0]!r} of turn {ids[level > 0][lost.index[0]]!r} is not in the table, nor are those of {len(lost)-1} other turns: pass whole trees')
+    parent = np.full(len(turns), -1)
+    parent[level > 0] = found
+    for i in np.flatnonzero((level > 0) & (level[parent] != level-1))[:1]: raise ValueError(f'turn {ids[i]!r} of round {level[i]} has a parent of round {level[parent[i]]}')
+    return parent
+
+# %% ../nbs/api/05_rewards.ipynb #813cc751
+def _merged(turns, parent, level): # a number for each distinct text under a parent, itself merged; for roots under a problem
+    text,above = pd.factorize(turns['text'].fillna('').str.strip())[0],pd.factorize(turns['problem_id'])[0]
+    node,start = np.zeros(len(turns), dtype=int),0
+    for i in range(level.max(initial=0)+1):
+        rows = np.flatnonzero(level == i)
+        found = pd.factorize((node[parent[rows]] if i else above[rows])*len(turns) + text[rows])[0]
+        node[rows],start = found + start,start + found.max(initial=-1) + 1
+    return node
+
+def _worth(leaves):
+    silent = leaves['text'].fillna('').str.strip().eq('').to_numpy()
+    for i in np.flatnonzero(leaves['correct'].isna() & ~silent)[:1]: raise ValueError(f"leaf {leaves['turn_id'].iat[i]!r} was not graded: grade all turns of the last round")
+    return np.where(silent, 0, leaves['correct'].fillna(0))
+
+# %% ../nbs/api/05_rewards.ipynb #cdec7afe
+def example_tree(
+    leaves:list, # what is right: `[[1, 1, 0], [0, 0, 0]]` are two critiques of one answer, and three refined answers after each
+)->pd.DataFrame: # turns of one problem by their ids: `g`; `v1`, `v2`; `r1` to `r6`
+    "A tree written by hand, for lessons and tests."
+    levels = [[('g', [], leaves)]]
+    while below := [(parent, child) for parent, _, children in levels[-1] if isinstance(children, list) for child in children]:
+        levels.append([(f'{"gvr"[len(levels)]}{i}', [parent], child) for i, (parent, child) in enumerate(below, 1)])
+    roles = dict(zip('gvr', ('generator', 'verifier', 'refiner')))
+    rows = [dict(turn_id=name, parent_ids=parent, context_id=f"for {''.join(parent)}", round=i, seat=i, role=roles[name[0]], agent=roles[name[0]],
+                 text=f'{name} has its say', correct=np.nan if isinstance(child, list) else float(child))
+            for i, level in enumerate(levels) for name, parent, child in level]
+    return pd.DataFrame(rows, index=[row['turn_id'] for row in rows]).assign(problem_id='p1', finish_reason='stop', model_key='by hand')
+
+# %% ../nbs/api/05_rewards.ipynb #4e3608b0
+class Tree:
+    "The turns under one problem, with their values; shown as folding branches in notebooks and as indented lines in terminals."
+    def __init__(self,
+        turns:pd.DataFrame, # of one problem, with `value`
+    ):
+        self.turns,self.children = [*turns.itertuples()],{}
+        for i, parent in enumerate(parent_rows(turns)): self.children.setdefault(int(parent), []).append(i)
+
+    def __str__(self): return '\n'.join(self._lines(-1, ''))
+    __repr__ = __str__
+
+    def _lines(self, above, margin):
+        children = self.children.get(above, [])
+        for i in children:
+            last = i == children[-1]
+            yield margin + ('' if above < 0 else '└─ ' if last else '├─ ') + f'{self.turns[i].value:.2f} {printable(self.turns[i].agent)}: {_start(self.turns[i].text, 60)}'
+            yield from self._lines(i, margin + ('' if above < 0 else '   ' if last else '│  '))
+
+    def _repr_html_(self): return ''.join(map(self._branch, self.children.get(-1, [])))
+
+    def _branch(self, i):
+        turn,below = self.turns[i],''.join(map(self._branch, self.children.get(i, [])))
+        value = f'<span style="background:{_tint(turn.value)};color:#111;padding:0 .4em;border-radius:.3em">{turn.value:.2f}</span>'
+        head = f'<summary>{value} <b>{escape(turn.agent)}</b> {escape(_start(turn.text, 60))}</summary>'
+        text = f'<pre style="margin:.2em 0 .2em 1.2em;white-space:pre-wrap">{escape(turn.text or "")}</pre>'
+        return f'<details{" open" if below and turn.round == 0 else ""}>{head}{text}<div style="margin-left:1.2em">{below}</div></details>'
+
+# %% ../nbs/api/05_rewards.ipynb #c75118e6
+def _start(text, n): # the first characters, on one line
+    line = ' '.join(printable(text or '').split())
+    return line if len(line) <= n else line[:n-1] + '…'
+
+def _tint(value): return f'hsl({20+140*value:.0f} 70% 80%)' if value == value else '#ddd' # from orange to green
+
+def show_tree(
+    turns:pd.DataFrame, # the turns under one problem, with `value`
+)->Tree:
+    "A tree as a person reads it, coloured by value."
+    check_turns(turns, 'problem_id', 'text', 'agent', 'value')
+    several = turns['problem_id'].unique()
+    if len(several) != 1: raise ValueError(f"these are the trees of {len(several)} problems: show one, turns[turns.problem_id == {turns['problem_id'].iat[0]!r}] for instance" if len(turns) else 'there is no turn to show')
+    return Tree(turns)
 
 # %% ../nbs/api/05_rewards.ipynb #e7836b33
 def flip_labels(

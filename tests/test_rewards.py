@@ -5,8 +5,8 @@ import pytest
 
 from mapo import rewards
 from mapo.answers import Grader
-from mapo.rewards import (agrees, canonical_answers, concordance, example_turns, flip_labels, grade, order_among_right, read_answers, reward, reward_table, seeded_draw,
-                          vote, with_scores)
+from mapo.rewards import (agrees, canonical_answers, concordance, example_tree, example_turns, flip_labels, grade, order_among_right, propagate, read_answers, reward,
+                          reward_table, seeded_draw, show_tree, vote, with_scores)
 
 PROBLEMS = pd.DataFrame(dict(problem_id=['p1', 'p2'], question='?', answer=['42', '1'], kind='number'))
 
@@ -184,3 +184,64 @@ def test_reading_answers_needs_no_gold():
     known = read_answers(turns(), PROBLEMS)
     assert read_answers(turns(), PROBLEMS[['problem_id', 'kind']]).equals(known)
     assert grade(turns(), PROBLEMS)[:len(known)].equals(known)
+
+
+def random_trees(seed, branching=(3, 3, 3), problems=12):
+    "Trees with few distinct texts, from which a fifth of the branches are missing, in shuffled order with a broken index."
+    rng, levels, above = np.random.default_rng(seed), [], [(f'p{i}', f'p{i}') for i in range(problems)]
+    for level, n in enumerate(branching):
+        rows = [dict(turn_id=f'{parent}.{i}', problem_id=problem, parent_ids=[parent] if level else [], round=level, agent=f'level {level}', text=' '*rng.integers(2) + 'ABC'[rng.integers(3)])
+                for problem, parent in above for i in range(n) if rng.random() < .8]
+        levels, above = levels + rows, [(r['problem_id'], r['turn_id']) for r in rows]
+    turns = pd.DataFrame(levels, index=np.zeros(len(levels), int)).sample(frac=1, random_state=seed)
+    return turns.assign(correct=np.where(turns['round'] == len(branching)-1, rng.integers(0, 2, len(turns)), np.nan), split='train', purpose='train', iteration=1)
+
+
+def slowly(turns):
+    "Values of trees by the letter of the rules, one merged turn at a time."
+    values, last, everyone = {}, turns['round'].max(), [*turns.itertuples()]
+
+    def level(siblings):
+        groups = {}
+        for t in siblings: groups.setdefault(t.text.strip(), []).append(t)
+        for same in groups.values():
+            ids = {t.turn_id for t in same}
+            children = [c for c in everyone if set(c.parent_ids) & ids]
+            level(children)
+            worth = [t.correct for t in same] if same[0].round == last else [values[c.turn_id] for c in children] or [0]
+            values.update(dict.fromkeys(ids, np.mean(worth)))
+
+    for problem in turns.problem_id.unique(): level([t for t in everyone if t.problem_id == problem and t.round == 0])
+    return turns.turn_id.map(values)
+
+
+@pytest.mark.parametrize('branching', [(3, 3, 3), (4, 2), (5,), (2, 2, 2, 2)])
+def test_values_are_what_the_rules_say_on_trees_with_missing_nodes(branching):
+    for seed in range(5):
+        turns = random_trees(seed, branching)
+        np.testing.assert_allclose(propagate(turns).value, slowly(turns))
+
+
+def test_the_value_of_a_whole_tree_is_the_share_of_its_right_leaves():
+    leaves = [[1, 0, 1], [0, 0, 0], [1, 1, 1]]
+    assert propagate(example_tree(leaves)).loc['g', 'value'] == pytest.approx(5/9)
+    assert propagate(example_tree([[[1, 1], [0, 1]], [[0, 0], [1, 0]]][0])).loc['g', 'value'] == 3/4
+    assert propagate(example_tree([1, 0, 0])).loc['g', 'value'] == pytest.approx(1/3)
+
+
+def test_values_survive_parquet(tmp_path):
+    propagate(random_trees(0)).to_parquet(tmp_path/'turns.parquet', index=False)
+    turns = pd.read_parquet(tmp_path/'turns.parquet')
+    assert propagate(turns.drop(columns='value')).value.equals(turns.value)
+
+
+def test_no_turns_have_no_values():
+    assert len(propagate(random_trees(0)[:0])) == 0
+
+
+@pytest.mark.parametrize('text', [None, '', '<script>x</script>', '</details><b>', '$x$', 'a\x1b[2Jb', '\u202eabc', 'x'*10_000])
+def test_a_tree_shows_any_text_and_runs_none(text):
+    shown = show_tree(propagate(example_tree([[1, 0]])).assign(text=text, agent='<i>' + str(text)[:20]))
+    html, plain = shown._repr_html_(), str(shown)
+    assert '<script' not in html and '<i>' not in html and '<b></b>' not in html and '$' not in html and '\x1b' not in html + plain and '\u202e' not in html + plain
+    assert len(plain.splitlines()) == 4 and html.count('<details') == html.count('</details>') == 4
