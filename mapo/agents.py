@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINTS', 'printable', 'escape', 'Model', 'model_folder', 'file_
 # %% ../nbs/api/02_agents.ipynb #4aff9d4a
 import hashlib, json, re, string, unicodedata
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -118,8 +118,9 @@ class Role:
     name:str                  # 'generator', 'critic', 'verifier', ...
     template:str='{question}' # the user message, with fields as in `str.format`
     system:str=''             # the system message; '' for none
+    quote:str='{answer}\n\n'  # how one shown answer is put, where `template` has {others}
 
-    @property
+    @cached_property
     def fields(self)->set[str]: # the names that `template` needs
         "Names of the fields in the template."
         return {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
@@ -130,6 +131,15 @@ class Role:
         if missing: raise ValueError(f"role {self.name!r} needs {', '.join(sorted(missing))}: it was given {', '.join(sorted(fields)) or 'nothing'}")
         user = dict(role='user', content=self.template.format(**fields))
         return [dict(role='system', content=self.system), user] if self.system else [user]
+
+    def continued(self, conversation:list, **fields)->list[dict]: # the conversation, and one message more
+        "A conversation that goes on in this role; a system message of its own replaces the one that was there."
+        *system,user = self.messages(**fields)
+        return [*system, *(m for m in conversation if not (system and m['role'] == 'system')), user]
+
+    def quoted(self, answers:list)->str: # what {others} stands for
+        "Answers of others, as this role is shown them."
+        return ''.join(self.quote.format(answer=a) for a in answers)
 
 # %% ../nbs/api/02_agents.ipynb #af483910
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Draft:
     def __init__(self,
         path:Path, # the folder
     ):
-        self.path,self.scratch,self.log = Path(path),Path(path)/'scratch',{}
+        self.path,self.scratch,self.log,self.asked = Path(path),Path(path)/'scratch',{},0
         self.scratch.mkdir(parents=True, exist_ok=True)
 
     def write(self, name:str, table:pd.DataFrame):
@@ -158,7 +158,8 @@ class Draft:
 
     def map(self, fn:Callable, chunks:list)->Iterable[pd.DataFrame]:
         "The tables `fn(chunk)` in order; each is kept when it is finished, and read instead of made the next time."
-        for i, chunk in enumerate(chunks):
+        first,self.asked = self.asked,self.asked+len(chunks)
+        for i, chunk in enumerate(chunks, first):
             path = self.scratch/f'chunk-{i:06d}.jsonl'
             if not path.exists():
                 with whole(path) as p: p.write_text(''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in fn(chunk).to_dict('records')), encoding='utf-8')
