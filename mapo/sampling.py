@@ -124,10 +124,12 @@ class Engines:
     ): self.make,self.model,self.engine = make,None,None
 
     def __call__(self, model:Model):
-        "The engine of `model`; the one of another model is closed first."
+        "The engine of `model`; the one of another model changes its adapter, or is closed first."
         if model != self.model:
-            self.close()
-            self.engine,self.model = self.make(model),model
+            if self.engine is None or not self.engine.switch(model):
+                self.close()
+                self.engine = self.make(model)
+            self.model = model
         return self.engine
 
     def close(self):
