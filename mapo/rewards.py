@@ -177,15 +177,17 @@ def agrees(
 
 # %% ../nbs/api/05_rewards.ipynb #8bf1f96d
 def propagate(
-    turns:pd.DataFrame, # trees: `turn_id, parent_ids, problem_id, round, text`, and `correct` on the leaves, the turns of the last round
+    turns:pd.DataFrame, # trees: `turn_id, parent_ids, problem_id, round, text`, and `correct` on the leaves
+    last:int=None,      # the round of the leaves; None for the last that there is
 )->pd.DataFrame: # the same turns with `value` in [0, 1]
     "Credit every turn with the mean value of its children (MALT, section 4.2)."
     check_turns(turns, 'problem_id', 'text', 'correct')
     parent,level = parent_rows(turns),turns['round'].to_numpy()
-    node,leaves = _merged(turns, parent, level),np.flatnonzero(level == level.max(initial=0))
+    last = level.max(initial=0) if last is None else last
+    node,leaves = _merged(turns, parent, level),np.flatnonzero(level == last)
     size = node.max(initial=-1) + 1
     total,count = np.bincount(node[leaves], _worth(turns.iloc[leaves]), size),np.bincount(node[leaves], minlength=size)
-    for i in range(level.max(initial=0), 0, -1):
+    for i in range(last, 0, -1):
         children = np.flatnonzero(level == i)
         above,values = node[parent[children]],(total/np.maximum(count, 1))[node[children]]
         total,count = total + np.bincount(above, values, size),count + np.bincount(above, minlength=size)
