@@ -13,8 +13,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text as Words
 
-from mapo.report import (arm_label, arm_style, arms, choose_rates, claims_table, compare_to_record, escape, figure_arms, figure_style, flag_failures, flag_selection, formatted, load_record,
-                         markdown, plot_accuracy, plot_agents, plot_cost, plot_rates, plot_training, printable, redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table)
+from mapo.report import (arm_label, arm_style, arms, average_diversity, base_arms, choose_rates, claims_table, compare_to_record, diversity_table, escape, figure_arms, figure_style, flag_failures, flag_selection,
+                         flips_table, formatted, load_record, markdown, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips, plot_rates, plot_readouts, plot_sweep, plot_training, printable,
+                         readouts_table, redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table)
 
 manifest = dict(run='0a1b2c3d', command='mapo run mars_po', commit='f00', parameters={'alpha': .1}, hardware='a test',
                 comparisons=[['mars_po', 'dpo']], claims=[dict(claim='better', paper='none', tests=[['mars_po', 'dpo']])], seeds_vary='A seed varies the draw.')
@@ -163,15 +164,15 @@ def test_a_claim_of_several_tests_holds_only_whole():
 
 @pytest.fixture(scope='module')
 def everything():
-    "All arms of the recorded run: two teams, and an arm of one iteration."
-    rng, one, two = np.random.default_rng(0), dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
+    "All arms of the recorded run of Mars-PO: two teams, and an arm of one iteration."
+    mars, rng, one, two = list(arms)[:17], np.random.default_rng(0), dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
     grow = lambda agents, by: {a: p + by for a, p in agents.items()}
     rows = []
-    for arm in arms:
+    for arm in mars:
         agents, gain = (two if arm.endswith('_same') else one), rng.uniform(.02, .3)
         rows.append(team(arm, {0: agents} if arm.startswith('base') else {1: grow(agents, gain)} if arm.endswith('one_iteration') else {t: grow(agents, gain*t/3) for t in (1, 2, 3)}, seeds=range(3), problems=40))
     rows = pd.concat(rows, ignore_index=True)
-    trained = [a for a in arms if not a.startswith('base')]
+    trained = [a for a in mars if not a.startswith('base')]
     costs = pd.DataFrame([dict(arm=a, seed=s, tokens_sampled=1000, tokens_trained=500, updates=10) for a in trained for s in range(3)])
     log = pd.DataFrame([dict(arm=a, iteration=1 + i//10, step=i, chosen=-1. - i, rejected=-3. - 2*i, margin=.01*i) for a in trained if 'po' in a for i in range(30)])
     rates = pd.DataFrame([dict(arm=a, learning_rate=r, accuracy=p, low=p - .03, high=p + .03, seeds=1, problems=256, run='r') for a in trained for r, p in ((1e-5, .6), (3e-5, .61), (1e-4, .4))])
@@ -182,19 +183,24 @@ def everything():
 def texts(figure):
     "Every text of a figure that is drawn, with its box."
     FigureCanvasAgg(figure).draw()
-    return [(t.get_text(), t.get_window_extent()) for t in figure.findobj(Words) if t.get_visible() and t.get_text().strip() and t.get_window_extent().width > 0]
+    hidden = {id(t) for axes in figure.axes if not axes.get_visible() for t in axes.findobj(Words)}
+    return [(t.get_text(), t.get_window_extent()) for t in figure.findobj(Words) if id(t) not in hidden and t.get_visible() and t.get_text().strip() and t.get_window_extent().width > 0]
+
+
+def apart(figure):
+    "No text leaves the figure or covers another."
+    with figure_style(): found = texts(figure)
+    words = [(t, b) for t, b in found if any(c.isalpha() for c in t) and '$' not in t]
+    assert len(words) >= 5
+    for i, (one, a) in enumerate(words):
+        assert a.x0 >= -1 and a.x1 <= figure.bbox.x1 + 1 and a.y0 >= -1 and a.y1 <= figure.bbox.y1 + 1, one
+        for other, b in words[i+1:]: assert a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, f'{one!r} covers {other!r}'
 
 
 def test_seventeen_arms_are_drawn_without_overlap(everything):
     rows, drawn = everything['rows'], figure_arms(everything['rows'], {})
     figures = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same')] + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']), plot_rates(everything['rates'])]
-    for figure in figures:
-        with figure_style(): found = texts(figure)
-        words = [(t, b) for t, b in found if any(c.isalpha() for c in t) and '$' not in t]
-        assert len(words) >= 5
-        for i, (one, a) in enumerate(words):
-            assert a.x0 >= -1 and a.x1 <= figure.bbox.x1 + 1, one
-            for other, b in words[i+1:]: assert a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, f'{one!r} covers {other!r}'
+    for figure in figures: apart(figure)
 
 
 def test_a_record_of_everything_draws_every_figure_twice_the_same(everything, tmp_path):
@@ -257,7 +263,7 @@ def test_rows_that_repeat_never_become_a_record(rows, costs, tmp_path):
 
 
 def test_names_have_one_look_each():
-    assert len({str(arm_style(a)) for a in arms}) == len({arm_label(a) for a in arms}) == len(arms) == 17
+    assert len({str(arm_style(a)) for a in arms}) == len({arm_label(a) for a in arms}) == len(arms)
     assert arm_style('never_seen') == arm_style('never_seen')
 
 
@@ -267,3 +273,167 @@ def test_a_grid_of_rates_alone_is_a_record(tmp_path):
     (tmp_path/'manifest.json').write_text('{"run": "grid-1"}')
     assert {p.name for p in redraw(tmp_path, tmp_path/'drawn')} == {'rates.png', 'rates.svg', 'rates.csv', 'rates.md', 'grid.csv', 'grid.md'}
     assert 'grid-1' in (tmp_path/'drawn'/'rates.md').read_text()
+
+
+def teams(levels, seeds=(0, 1), problems=60):
+    "Compact rows of teams that answer together; levels[arm][iteration] is the expected accuracy."
+    return pd.concat([team(arm, {t: dict(team=p) for t, p in line.items()}, seeds, problems, greedy=False) for arm, line in levels.items()], ignore_index=True)
+
+
+@pytest.fixture(scope='module')
+def debates():
+    "Every arm of Multiagent Finetuning, with what was measured beside accuracy."
+    rng, names = np.random.default_rng(0), list(arms)
+    untrained = ['base', 'majority', 'debate', 'unique_ids', 'cooperative', 'debate_five']
+    trained = names[names.index('star'):names.index('star_sa')]
+    assert len(trained) == 16
+    rows = teams({a: {0: .5 + .01*i} for i, a in enumerate(untrained)} | {a: {t: .6 + .01*t for t in ((1,) if '_five' in a or 'dpo' in a else (1, 2, 3))} for a in trained})
+    last = rows.groupby('arm').iteration.max()
+    diversity = pd.DataFrame([dict(arm=a, seed=s, iteration=t, measure=m, round=r, mean=v + .02*rng.normal(), low=v - .1, high=v + .1, se=.02, problems=60)
+                              for a in last.index for t in (range(1, last[a] + 1) if last[a] else [0]) for s in (0, 1) for m, r, v in (('consensus', 0, .6), ('consensus', 1, .8), ('dissimilarity', 1, .4), ('nll', 1, .5), ('kl', 1, .2), ('kl_to_base', 1, .3))])
+    readouts = pd.DataFrame([dict(arm=a, iteration=t, readout=way, accuracy=.5 + .1*k, low=.45 + .1*k, high=.55 + .1*k, seeds=2, problems=60) for a, t in last.items() for k, way in enumerate(('alone', 'debate', 'vote'))])
+    return dict(rows=rows, diversity=diversity, readouts=readouts)
+
+
+@pytest.fixture(scope='module')
+def trees():
+    "Every arm of MALT, with what was measured beside accuracy."
+    names = list(arms)
+    levels = {a: {0: .5} for a in ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'ma_shuffled', 'debate')} | {a: {1: .6} for a in names[names.index('star_sa'):]}
+    flips = pd.DataFrame([dict(arm=a, iteration=max(t), flip=f, share=v, low=v - .02, high=v + .02) for a, t in levels.items() for f, v in (('wrong to right', .1), ('right to right', .5), ('wrong to wrong', .37), ('right to wrong', .03))])
+    readouts = pd.DataFrame([dict(arm=a, iteration=max(t), readout=way, accuracy=.5 + .04*k, low=.45 + .04*k, high=.55 + .04*k, seeds=2, problems=60) for a, t in levels.items() for k, way in enumerate(('vote', 'after verifier', 'after refiner', 'after generator'))])
+    sweep = pd.DataFrame([dict(setting=n, value=v, arm=a, accuracy=.6, low=.55, high=.65) for a in ('malt', 'malt_one', 'star_ma') for n, values in (('branching', (2, 3, 4, 5)), ('threshold', (.3, .5, .7)), ('votes', (1, 3, 9))) for v in values])
+    return dict(rows=teams(levels), flips=flips, readouts=readouts, sweep=sweep)
+
+
+def test_a_debate_begins_where_it_was_untrained(debates):
+    rows, begin = debates['rows'], dict(bases=dict(multiagent_ft='debate', single_agent='debate'))
+    base = base_arms(rows, begin)
+    assert base['multiagent_ft'] == 'debate' and base['star'] == base['debate'] == base['base'] == 'base'
+    drawn = figure_arms(rows, begin)
+    assert [*drawn] == ['accuracy', 'ablations', 'one_model', 'variants', 'five', 'training', 'diversity', 'readouts']
+    axes = plot_accuracy(rows[rows.arm.isin(drawn['accuracy'])], base=base).axes[0]
+    start = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    assert start['Multiagent FT'] == start['debate'] != start['STaR'] == start['base']
+    assert axes.get_ylabel() == 'team accuracy' and axes.get_xticklabels()[0].get_text() == 'untrained'
+    labels = [t.get_text() for t in axes.texts]
+    assert any(t.startswith('debate  ') for t in labels) and any(t.startswith('base  ') for t in labels)
+    with pytest.raises(ValueError, match="bases name arm 'nobody'"): base_arms(rows, dict(bases=dict(star='nobody')))
+
+
+def test_an_arm_measured_late_has_no_line_to_the_start():
+    rows = teams(dict(debate={0: .5}, multiagent_ft={1: .6, 2: .7, 3: .8}, multiagent_ft_no_interaction={3: .6}))
+    figure = plot_accuracy(rows, base=base_arms(rows))
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == 'Multiagent FT, no interaction'] == [1]
+    assert figure.axes[0].get_xticklabels()[0].get_text() == 'debate'
+
+
+def test_a_team_has_one_column_and_no_figure_of_agents(debates, trees):
+    for rows in (debates['rows'], trees['rows']):
+        table = results_table(rows)
+        assert [*table.columns] == ['arm', 'iteration', 'team', 'team_low', 'team_high', 'seeds'] and 'agents' not in figure_arms(rows, {})
+    mixed = results_table(pd.concat([team('base', {0: dict(a=.5, b=.5)}), teams(dict(debate={0: .6}))]))
+    assert 'other_agents' not in mixed and mixed.columns.is_unique
+
+
+def test_a_team_below_its_base_is_named(trees):
+    rows = trees['rows']
+    worse = rows.assign(c=rows.c.where(rows.arm != 'malt', 0))
+    flags = flag_failures(worse)
+    assert flags.query("arm == 'malt' and failure == 'below its base' and agent == 'team'").clear.all() and 'malt' in set(flags.arm) and 'sa' not in set(flags.arm)
+    assert base_arms(rows) == dict.fromkeys(rows.arm, 'sa')
+
+
+def test_figures_of_debates_and_trees_are_drawn_without_overlap(debates, trees):
+    begin, drawn = base_arms(debates['rows']), figure_arms(debates['rows'], {})
+    rows = debates['rows']
+    figures = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'one_model', 'variants', 'five')]
+    figures += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin), plot_readouts(debates['readouts'], 'run')]
+    figures += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity']) for m in ('consensus', 'kl')]
+    figures += [plot_arms(trees['rows'], run='run'), plot_readouts(trees['readouts'], 'run'), plot_flips(trees['flips'], 'run'), plot_sweep(trees['sweep'], 'run'), plot_sweep(trees['sweep'].query("setting == 'votes'"))]
+    for figure in figures: apart(figure)
+
+
+def test_records_of_debates_and_trees_draw_the_same_bytes_twice(debates, trees, costs, tmp_path):
+    own = {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')}
+    save_record(tmp_path/'debates', debates['rows'], costs[:0], own | dict(bases=dict(multiagent_ft='debate')), diversity=debates['diversity'], readouts=debates['readouts'])
+    save_record(tmp_path/'trees', trees['rows'], costs[:0], own, readouts=trees['readouts'], flips=trees['flips'], sweep=trees['sweep'])
+    drawn = {}
+    for name in ('debates', 'trees'):
+        drawn[name] = {f.name for f in redraw(tmp_path/name, tmp_path/'one'/name) if f.suffix in ('.png', '.md')}
+        redraw(tmp_path/name, tmp_path/'two'/name)
+        same_files(tmp_path/'one'/name, tmp_path/'two'/name)
+    tables = {'results.md', 'accuracy.md', 'failures.md'}
+    assert drawn['debates'] == tables | {f'{n}.png' for n in ('accuracy', 'ablations', 'one_model', 'variants', 'five', 'diversity', 'readouts')} | {'diversity.md', 'readouts.md'}
+    assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep') for e in ('png', 'md')} | {f'{n}.png' for n in ('accuracy', 'ablations', 'equal_calls', 'critiques')}
+    for file in (tmp_path/'one').rglob('*'):
+        if file.suffix in ('.md', '.svg', '.png'): assert b'0a1b2c3d' in file.read_bytes(), file.name
+
+
+def test_an_empty_table_of_a_record_is_passed_over(debates, costs, tmp_path):
+    save_record(tmp_path/'record', debates['rows'], costs[:0], {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')}, diversity=debates['diversity'][:0], readouts=debates['readouts'][:0])
+    assert not {f.stem for f in redraw(tmp_path/'record', tmp_path/'drawn')} & {'diversity', 'readouts'}
+
+
+further = dict(diversity=(plot_diversity, diversity_table), readouts=(plot_readouts, readouts_table), flips=(plot_flips, flips_table), sweep=(plot_sweep,))
+used = dict(diversity=['arm', 'seed', 'iteration', 'measure', 'round', 'mean', 'low', 'high', 'se', 'problems'], readouts=['arm', 'iteration', 'readout', 'accuracy', 'low', 'high'],
+            flips=['arm', 'iteration', 'flip', 'share', 'low', 'high'], sweep=['setting', 'value', 'arm', 'accuracy', 'low', 'high'])
+
+
+@pytest.mark.parametrize('name', further)
+def test_a_table_that_is_not_right_is_one_sentence(name, debates, trees):
+    table = (debates | trees)[name]
+    for show in further[name]:
+        for column in used[name]:
+            with pytest.raises(ValueError, match=f"the {name} table has no column '{column}'; it needs"): show(table.drop(columns=column))
+        with pytest.raises(ValueError, match=f'the {name} table has no rows'): show(table[:0])
+        with pytest.raises(ValueError, match=f'rows of the {name} table are there twice'): show(pd.concat([table, table[:1]]))
+
+
+def test_names_are_drawn_as_they_are(debates, trees):
+    "No name in a record is read as a formula or acts on what is around it."
+    def named(table, column):
+        names = list(dict.fromkeys(table[column]))[:len(hostile)]
+        return table.assign(**{column: table[column].replace(dict(zip(names, hostile)))})
+    rows, diversity = named(trees['rows'], 'arm'), debates['diversity']
+    figures = [plot_arms(rows), plot_accuracy(rows), plot_diversity(named(diversity, 'arm'), shown=hostile), plot_diversity(named(diversity, 'measure')), plot_readouts(named(trees['readouts'], 'readout')),
+               plot_flips(named(trees['flips'], 'arm')), plot_sweep(named(trees['sweep'], 'setting'), hostile[4])]
+    for figure in figures:
+        with figure_style(): words = [t for t in figure.findobj(Words) if t.get_text()]
+        for one in words: assert not {*'\x1b\x00\u202e'} & {*one.get_text()} and re.sub(r'\\\$', '', one.get_text()).count('$') in (0, 1)
+        with figure_style(): FigureCanvasAgg(figure).draw()
+    assert any('x^2' in t.get_text() for t in figures[0].findobj(Words))
+
+
+def test_one_seed_keeps_its_interval_and_several_widen_it(debates):
+    table = debates['diversity']
+    keys = ['arm', 'iteration', 'round', 'measure']
+    one = average_diversity(table[table.seed == 0]).set_index(keys)
+    assert (one[['low', 'high']] == table[table.seed == 0].set_index(keys)[['low', 'high']].reindex(one.index)).all(axis=None) and {*one.seeds} == {1}
+    rng = np.random.default_rng(0)
+    truth, covered = .5, []
+    for _ in range(400):  # 5 seeds, 200 problems: the mean over seeds of a measure whose seeds differ
+        problems, seeds = rng.normal(truth, .3, 200), rng.normal(0, .02, 5)
+        values = problems + seeds[:, None] + rng.normal(0, .1, (5, 200))
+        run = pd.DataFrame([dict(arm='a', seed=s, iteration=1, measure='nll', round=1, mean=v.mean(), low=0, high=1, se=v.std(ddof=1)/200**.5, problems=200) for s, v in enumerate(values)])
+        row = average_diversity(run).iloc[0]
+        covered.append(row.low <= truth <= row.high)
+    assert .93 < np.mean(covered) < 1
+    wide = average_diversity(pd.DataFrame([dict(arm='a', seed=s, iteration=0, measure='consensus', round=0, mean=.98, low=.9, high=1, se=.05, problems=60) for s in (0, 1)])).iloc[0]
+    assert wide.high == 1 and wide.low < .9
+
+
+def test_readouts_and_flips_stand_in_their_order(debates, trees):
+    assert [*readouts_table(debates['readouts']).columns[[2, 5, 8]]] == ['alone', 'vote', 'debate']
+    assert [*readouts_table(trees['readouts']).columns[[2, 5, 8, 11]]] == ['after generator', 'after verifier', 'after refiner', 'vote']
+    assert [*flips_table(trees['flips']).arm[:4]] == ['sa', 'sa_vote', 'sa_vote_nine', 'ma']
+    lost = trees['flips'][trees['flips'].flip != 'right to wrong'].assign(share=lambda t: t.share.where(t.flip != 'wrong to wrong', .4))
+    bars = plot_flips(lost).axes[0].patches
+    assert np.isclose(sum(b.get_width() for b in bars), lost.arm.nunique())
+
+
+def test_swept_words_stand_side_by_side(trees):
+    words = pd.DataFrame([dict(setting='order', value=v, arm='malt', accuracy=.6, low=.5, high=.7) for v in ('a', 'b', 'c')])
+    both = pd.concat([words, trees['sweep'].query("setting == 'threshold'").astype(dict(value=str))])
+    first, second = plot_sweep(both).axes
+    assert [t.get_text() for t in first.get_xticklabels()] == ['a', 'b', 'c'] and [*second.get_xticks()] == [.3, .5, .7]
