@@ -190,7 +190,7 @@ def _matrices(model): # names of what the adapter's file holds
 # %% ../nbs/api/03_engines.ipynb #f64c7fe4
 def _check_base(model): # an adapter names its base; where that is here, it can be compared
     base = json.loads((Path(model.adapter)/'adapter_config.json').read_text()).get('base_model_name_or_path') or ''
-    if not (base.startswith('tiny:') or base and Path(base).exists()): return
+    if base == model.path or not (base.startswith('tiny:') or base and Path(base).exists()): return
     weights = lambda m: sorted(file_hash(f) for f in _loadable(m).glob('*.safetensors'))
     if weights(Model(model.name, base)) != weights(replace(model, adapter='')): raise ValueError(
         f'it was trained on {base}, which has other weights (its adapter_config.json says so)')
