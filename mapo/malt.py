@@ -314,7 +314,8 @@ def build_role_data(draft:Draft, *, turns:Artifact, scores:tuple, role:str, data
     def make():
         own = scored(turns, scores, selection.score).query('agent == @role')
         if own.empty: raise pairs.NothingToLearn(f'nothing to learn for the {role}: it was never asked, so look whether its contexts fit into its window')
-        return getattr(pairs, data)(own, turns.read('contexts'), role, selection)
+        built = getattr(pairs, data)(own, turns.read('contexts'), role, selection)
+        return pairs.as_sampled(built) if 'copies' in built.table else built
     _build(draft, make, role)
 
 # %% ../nbs/api/16_malt.ipynb #c5db9651

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'EMPTY', 'RIGHT', 'MESSAGES', 'CRITIC_TURNS', 'Selection', 'NothingToLearn', 'Built', 'keep', 'ledger',
            'hash_texts', 'hashed', 'distinct', 'winners', 'losers', 'own_contexts', 'cross', 'take_texts',
            'hybrid_pairs', 'own_pairs', 'pooled_pairs', 'bare_questions', 'reward_pairs', 'teach', 'hybrid_positives',
-           'own_positives', 'with_mistakes', 'corrected_and_kept', 'label_values', 'to_arrow']
+           'own_positives', 'as_sampled', 'with_mistakes', 'corrected_and_kept', 'label_values', 'to_arrow']
 
 # %% ../nbs/api/06_pairs.ipynb #af15d638
 from dataclasses import dataclass
@@ -355,7 +355,7 @@ def teach(
     prompts:pd.DataFrame, # as `own_contexts` finds them
     agent:str,            # who is to learn
     selection:Selection=Selection(),
-)->Built: # examples, problem by problem
+)->Built: # examples, problem by problem; `copies` says how often a text was sampled
     "Put chosen answers under the prompts of the agent that is to learn."
     place,fates = pd.Index(prompts['key']).get_indexer(chosen.table[selection.by]),{}
     w = keep(chosen.table, prompts['context_id'].notna().to_numpy()[place], 'without own context', fates)
@@ -364,7 +364,7 @@ def teach(
                                  'that the agent was asked, so sample more answers per problem, or easier problems')
     asked = prompts.iloc[pd.Index(prompts['key']).get_indexer(w[selection.by])]
     examples = dict(prompt=asked['prompt'], completion=_answers(turns, w), problem_id=w['problem_id'], agent=agent, context_id=asked['context_id'],
-                    turn_id=w['turn_id'], source_agent=w['agent'], source_model=w['model_key'])
+                    turn_id=w['turn_id'], source_agent=w['agent'], source_model=w['model_key'], copies=w['copies'])
     return Built(_table(examples), _of_agent(pd.concat([chosen.counts, ledger('examples', fates)], ignore_index=True), agent))
 
 # %% ../nbs/api/06_pairs.ipynb #cd69c1e0
@@ -388,6 +388,15 @@ def own_positives(
     "The agent's own right answers as examples (rejection sampling, STaR)."
     turns = hashed(turns)
     return teach(turns, winners(turns, [agent], selection), own_contexts(turns, contexts, agent, selection.by), agent, selection)
+
+# %% ../nbs/api/06_pairs.ipynb #dd3eec5b
+def as_sampled(
+    examples:Built, # of the functions above
+)->Built: # every example as often as its text was sampled
+    "Repeat examples by their copies."
+    table = examples.table.loc[examples.table.index.repeat(examples.table['copies'])].reset_index(drop=True)
+    more = ledger('examples', dict(repeated=len(table) - len(examples.table))).assign(agent=examples.counts['agent'].iat[0])
+    return Built(table, pd.concat([examples.counts, more[more['count'] > 0][examples.counts.columns]], ignore_index=True))
 
 # %% ../nbs/api/06_pairs.ipynb #830f9753
 def with_mistakes(

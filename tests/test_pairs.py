@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo.pairs import (MESSAGES, NothingToLearn, Selection, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
+from mapo.pairs import (MESSAGES, NothingToLearn, Selection, as_sampled, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
                         own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners)
 from mapo.rewards import example_turns
 
@@ -189,7 +189,7 @@ def test_columns_are_those_of_the_data_model_and_survive_parquet_datasets_and_co
     examples = hybrid_positives(turns, contexts, 'bob').table
     assert [*pairs] == ['prompt', 'chosen', 'rejected', 'problem_id', 'agent', 'context_id', 'chosen_id', 'rejected_id', 'chosen_agent',
                         'rejected_agent', 'chosen_model', 'rejected_model']
-    assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent', 'source_model']
+    assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent', 'source_model', 'copies']
     pq.write_table(to_arrow(pairs), tmp_path/'pairs.parquet')
     again = pd.read_parquet(tmp_path/'pairs.parquet')
     assert [c[0]['content'] for c in again.chosen] == [c[0]['content'] for c in pairs.chosen]
@@ -277,3 +277,13 @@ def test_a_seat_without_corrections_has_nothing_to_learn_but_what_it_kept():
     debate = random_debate(0).assign(agrees=1.)
     with pytest.raises(NothingToLearn, match='nothing to learn for the critic of seat 2: 60 not the last turn, 60 kept over the share'): corrected_and_kept(debate, 2)
     assert len(corrected_and_kept(debate, 2, share=0).table) == 60
+
+
+def test_examples_as_often_as_they_were_sampled():
+    turns, contexts = random_turns(3)
+    examples = own_positives(turns, contexts, 'ada', replace(EVERY, by='context_id'))
+    again, counts = as_sampled(examples)
+    said = [(t.context_id, t.text.strip()) for t in turns[(turns.agent == 'ada') & turns.correct.notna()].itertuples()]
+    for t in again.drop_duplicates('turn_id').itertuples():
+        assert (again.turn_id == t.turn_id).sum() == said.count((t.context_id, t.completion[0]['content'].strip()))
+    assert counts.loc[counts.part == 'examples', 'count'].sum() == len(again)
