@@ -8,8 +8,8 @@ __all__ = ['arms', 'palette', 'house', 'measures', 'readouts_in_order', 'flips_i
            'Picture', 'save_figure', 'base_arms', 'plot_accuracy', 'plot_agents', 'plot_arms', 'plot_cost',
            'count_pairs', 'plot_teaching', 'plot_training', 'choose_rates', 'plot_rates', 'average_diversity',
            'diversity_table', 'plot_diversity', 'readouts_table', 'plot_readouts', 'flips_table', 'plot_flips',
-           'plot_sweep', 'results_table', 'claims_table', 'flag_failures', 'flag_selection', 'show_pairs',
-           'save_record', 'load_record', 'figure_arms', 'redraw', 'compare_to_record']
+           'sweep_table', 'plot_sweep', 'results_table', 'claims_table', 'flag_failures', 'flag_selection',
+           'show_pairs', 'save_record', 'load_record', 'figure_arms', 'redraw', 'compare_to_record']
 
 # %% ../nbs/api/11_report.ipynb #09c18659
 import io
@@ -371,8 +371,8 @@ def _spread(y, gap, low=-np.inf, high=np.inf):
 def _lines(axes, summary, base):
     "Draw every arm's line, moved aside a little so that intervals do not cover each other; returns where each line ends."
     still, drawn = _untrained(summary), [a for a in arm_order(summary.arm) if a not in _untrained(summary)]
-    others, ends = [a for a in still if a != base[a]], {}
-    begin = {a: .07*(-1)**k*(k//2) for k, a in enumerate(others, 1 + (len(still) > len(others)))}
+    others, ends = [a for a in still if not a.startswith('base')], {}
+    begin = {a: .07*(-1)**(k + 1)*(k//2) for k, a in enumerate(others, 1 + (len(still) > len(others)))}
     for arm, line in _with_base(summary, base):
         first = arm in still
         aside = 0 if first else .07*(drawn.index(arm) - (len(drawn) - 1)/2)/max(1, len(drawn)/5)
@@ -837,27 +837,40 @@ def _check_sweep(sweep):
     without = sweep[sweep.value.isna()]
     if len(without): raise ValueError(f'{len(without)} rows of the sweep table have no value (first: setting {without.setting.iloc[0]!r}): say which one was tried')
 
+def _placed(own):
+    "Where the values of one setting lie: numbers by their size, words side by side."
+    numbers, words = pd.to_numeric(own.value, errors='coerce'), sorted(set(map(str, own.value)))
+    return numbers if numbers.notna().all() else own.value.map(lambda v: words.index(str(v)))
+
+def sweep_table(
+    sweep:pd.DataFrame, # `setting, value, arm, accuracy, low, high` (95 %), and perhaps `seeds, problems`
+)->pd.DataFrame: # these columns, values and arms in their order
+    "What each value of each setting gave."
+    _check_sweep(sweep)
+    sweep = sweep.reset_index(drop=True)
+    places = pd.concat([_placed(own) for _, own in sweep.groupby('setting')])
+    table = sweep.assign(place=places, order=sweep.arm.map(arm_order(sweep.arm).index)).sort_values(['setting', 'place', 'order'], ignore_index=True)
+    return table[[c for c in ('setting', 'value', 'arm', 'accuracy', 'low', 'high', 'seeds', 'problems') if c in table]]
+
 def _sweep_panel(axes, own):
-    "Accuracy over one setting: numbers where they lie, words side by side."
-    numbers = pd.to_numeric(own.value, errors='coerce')
-    words = own.value.drop_duplicates().tolist()
-    own = own.assign(x=own.value.map(words.index) if numbers.isna().any() else numbers).sort_values('x')
-    ticks = own.drop_duplicates('x')
-    arms, width = arm_order(own.arm), np.ptp(ticks.x) or 1
-    for k, arm in enumerate(arms):
+    "Accuracy over one setting."
+    own = own.assign(x=_placed(own))
+    ticks, names = own.drop_duplicates('x'), arm_order(own.arm)
+    width = np.ptp(ticks.x) or 1
+    for k, arm in enumerate(names):
         line, look = own[own.arm == arm], arm_style(arm)
-        x = line.x + .02*width*(k - (len(arms) - 1)/2)
+        x = line.x + .02*width*(k - (len(names) - 1)/2)
         axes.plot(x, line.accuracy, clip_on=False, **look)
         axes.vlines(x, line.low, line.high, color=look['color'], linewidth=.9, alpha=.75, zorder=2)
     axes.set_xlim(ticks.x.min() - .12*width, ticks.x.max() + .12*width)
     axes.set_xticks(ticks.x, [f'{v:g}' if isinstance(v, (int, float)) else _plain(v) for v in ticks.value])
 
 def plot_sweep(
-    sweep:pd.DataFrame, # `setting, value, arm, accuracy, low, high` (95 %), and perhaps `seeds, problems`
+    sweep:pd.DataFrame, # as for `sweep_table`
     run:str='', # run id, shown in the corner
 )->Picture:
     "Accuracy over the values of each setting."
-    _check_sweep(sweep)
+    sweep = sweep_table(sweep)
     settings = sorted(sweep.setting.unique())
     with figure_style():
         figure = Picture(max(.6 + 1.8*len(settings), 3.4), 2.5)
@@ -1029,7 +1042,7 @@ def save_record(
     diversity:pd.DataFrame=None, # see `average_diversity`
     readouts:pd.DataFrame=None, # see `readouts_table`
     flips:pd.DataFrame=None, # see `flips_table`
-    sweep:pd.DataFrame=None, # see `plot_sweep`
+    sweep:pd.DataFrame=None, # see `sweep_table`
 ):
     "Write the record that every table and figure of a paper is drawn from."
     missing = [k for k in ('run', 'command', 'commit', 'parameters', 'hardware') if k not in manifest]
@@ -1101,7 +1114,7 @@ def figure_arms(
 def _draw_lines(rows, manifest, folder):
     "The figures that are drawn from compact rows by groups of arms."
     base, run, files = base_arms(rows, manifest), manifest['run'], []
-    once = rows.iteration.max() <= 1 and any(a != base[a] for a in _untrained(rows))
+    once = rows.iteration.max() <= 1 and {*rows.agent} == {'team'}
     for name, arms in figure_arms(rows, manifest).items():
         own = rows[rows.arm.isin(arms)]
         if name in _of_tables: continue
@@ -1138,7 +1151,7 @@ def _draw_readings(record, rows, manifest, folder):
         files += save_figure(plot_readouts(table, run, shown('readouts', table)), folder, 'readouts') + save_table(readouts_table(table), folder, 'readouts', f'The same conversations, read in several ways. 95 % intervals. Run {run}.')
     if len(table := read('flips')):
         files += save_figure(plot_flips(table, run, shown('flips', table)), folder, 'flips') + save_table(flips_table(table), folder, 'flips', f"From the first turn's answer to the last's. 95 % intervals. Run {run}.")
-    if len(table := read('sweep')): files += save_figure(plot_sweep(table, run), folder, 'sweep') + save_table(table, folder, 'sweep', f'95 % intervals. Run {run}.')
+    if len(table := read('sweep')): files += save_figure(plot_sweep(table, run), folder, 'sweep') + save_table(sweep_table(table), folder, 'sweep', f'95 % intervals. Run {run}.')
     return files
 
 def _draw_comparisons(rows, manifest, folder):

@@ -15,7 +15,7 @@ from matplotlib.text import Text as Words
 
 from mapo.report import (arm_label, arm_style, arms, average_diversity, base_arms, choose_rates, claims_table, compare_to_record, diversity_table, escape, figure_arms, figure_style, flag_failures, flag_selection,
                          flips_table, formatted, load_record, markdown, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips, plot_rates, plot_readouts, plot_sweep, plot_training, printable,
-                         readouts_table, redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table)
+                         readouts_table, redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table, sweep_table)
 
 manifest = dict(run='0a1b2c3d', command='mapo run mars_po', commit='f00', parameters={'alpha': .1}, hardware='a test',
                 comparisons=[['mars_po', 'dpo']], claims=[dict(claim='better', paper='none', tests=[['mars_po', 'dpo']])], seeds_vary='A seed varies the draw.')
@@ -375,7 +375,7 @@ def test_an_empty_table_of_a_record_is_passed_over(debates, costs, tmp_path):
     assert not {f.stem for f in redraw(tmp_path/'record', tmp_path/'drawn')} & {'diversity', 'readouts'}
 
 
-further = dict(diversity=(plot_diversity, diversity_table), readouts=(plot_readouts, readouts_table), flips=(plot_flips, flips_table), sweep=(plot_sweep,))
+further = dict(diversity=(plot_diversity, diversity_table), readouts=(plot_readouts, readouts_table), flips=(plot_flips, flips_table), sweep=(plot_sweep, sweep_table))
 used = dict(diversity=['arm', 'seed', 'iteration', 'measure', 'round', 'mean', 'low', 'high', 'se', 'problems'], readouts=['arm', 'iteration', 'readout', 'accuracy', 'low', 'high'],
             flips=['arm', 'iteration', 'flip', 'share', 'low', 'high'], sweep=['setting', 'value', 'arm', 'accuracy', 'low', 'high'])
 
@@ -437,3 +437,13 @@ def test_swept_words_stand_side_by_side(trees):
     both = pd.concat([words, trees['sweep'].query("setting == 'threshold'").astype(dict(value=str))])
     first, second = plot_sweep(both).axes
     assert [t.get_text() for t in first.get_xticklabels()] == ['a', 'b', 'c'] and [*second.get_xticks()] == [.3, .5, .7]
+    assert [*sweep_table(both).value] == ['a', 'b', 'c'] + ['0.3']*3 + ['0.5']*3 + ['0.7']*3 and [*sweep_table(both).arm[3:6]] == ['star_ma', 'malt_one', 'malt']
+
+
+def test_a_team_trained_once_has_rows_whatever_its_bases(trees, costs, tmp_path):
+    "Lines from nowhere to iteration 1 would say nothing; an arm that is its own base is no other case."
+    bases = {a: a for a in ('sa', 'ma')} | dict(malt='ma_vote')
+    save_record(tmp_path/'record', trees['rows'], costs[:0], {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')} | dict(bases=bases))
+    svg = {f.stem: f for f in redraw(tmp_path/'record', tmp_path/'drawn') if f.suffix == '.svg'}
+    with figure_style(): rows = plot_arms(trees['rows'][trees['rows'].arm.isin(figure_arms(trees['rows'], dict(bases=bases))['accuracy'])], run=manifest['run'])
+    assert svg['accuracy'].read_bytes() == rows._bytes('svg', 200)
