@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from .agents import Model, Team, escape, model_folder, printable
-from .mars_po import LICENCES, all_arms, mars_po_settings, reward_scores
+from .methods import LICENCES
+from .mars_po import all_arms, mars_po_settings, reward_scores
 from .report import Shown, show_table
 from .runs import Artifact, key_of
 

@@ -22,7 +22,7 @@ SPLITS = ['train', 'dev', 'test'] # in the order in which they may be looked at
 
 # %% ../nbs/api/00_problems.ipynb #be9ca2a4
 def _table(rows):
-    return pd.DataFrame(rows, columns=COLUMNS, dtype=str)
+    return pd.DataFrame(rows, columns=[*COLUMNS, *(['level'] if rows and 'level' in rows[0] else [])], dtype=str)
 
 # %% ../nbs/api/00_problems.ipynb #4bbe1dd8
 def _terms(form):
@@ -205,9 +205,16 @@ def math_problems(
     split:str='train', # `train` (7,500 problems) or `test` (5,000)
     path=None, # a local JSON-lines file with `problem` and `answer` or `solution`; None for the hub
     hub:str=MATH, # `ID@COMMIT`
+    levels:tuple=(), # of difficulty, 1 to 5; () for all
 )->pd.DataFrame: # problems of kind `math`
     "MATH's competition problems."
-    return _load('math', split, _known_split('math_problems', split, dict(train='train', test='test')), path, hub, _math_row, _SUBJECTS)
+    table = _load('math', split, _known_split('math_problems', split, dict(train='train', test='test')), path, hub, _levelled_row if levels else _math_row, _SUBJECTS)
+    return table[table['level'].isin(map(str, levels))].drop(columns='level').reset_index(drop=True) if levels else table
+
+def _levelled_row(row): # the hub writes 'Level 3', others 3
+    level = row.get('level')
+    if not re.fullmatch('(Level )?[1-5]', str(level)): raise ValueError(f"field 'level' is {level!r}, not a level from 1 to 5")
+    return _math_row(row) | dict(level=str(level)[-1])
 
 # %% ../nbs/api/00_problems.ipynb #aee61b34
 def math_500(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTEXT_COLUMNS', 'TURN_COLUMNS', 'CUT_COLUMNS', 'content_hash', 'context_id', 'request_seed', 'Ask', 'ask_alone',
            'plan_chunks', 'Engines', 'sampling_key', 'answer_chunk', 'sample_turns', 'contexts_of', 'Transcript',
-           'transcript', 'conversation', 'Said', 'sample_rounds', 'fit', 'ask_critics', 'ask_summaries', 'debate',
-           'ask_under', 'sample_tree']
+           'transcript', 'conversation', 'Said', 'sample_rounds', 'fit', 'ask_critics', 'ask_summaries', 'ask_judges',
+           'debate', 'ask_under', 'sample_tree']
 
 # %% ../nbs/api/04_sampling.ipynb #cf550c8a
 import gc, hashlib, json
@@ -298,8 +298,8 @@ def _answers_of(turns, round): # problem -> its turns of one round in the order 
     for t in answers.itertuples(index=False): by_problem.setdefault(t.problem_id, []).append(t)
     return {problem: sorted(said, key=attrgetter('seat')) for problem, said in by_problem.items()}
 
-def _others(own, said): # what the other seats said; a turn's id is a hash that the seed is part of, so this is a drawn order
-    return sorted((t for t in said if t.seat != own.seat), key=attrgetter('turn_id'))
+def _others(own, said): # what the others said; a turn's id is a hash that the seed is part of, so this is a drawn order
+    return sorted((t for t in said if t is not own), key=attrgetter('turn_id'))
 
 def _texts(problems): return dict(zip(problems['problem_id'], problems['question']))
 
@@ -309,9 +309,9 @@ def _reply(agent, seat, own, conversation, shown, question, seed, round, parents
     old,unseen = min(cut, exchanges),max(cut-exchanges, 0)
     if unseen > len(shown): raise ValueError(f'{agent.name} has no room for an answer to problem {own.problem_id!r}: its window does not even hold the question and its own last answer')
     kept,start = shown[:len(shown)-unseen],next((i+1 for i, m in enumerate(conversation) if m['role'] == 'user'), 0)
-    told = dict(summary=''.join(t.text for t in kept)) if 'summary' in agent.role.fields else dict(others=agent.role.quoted([t.text for t in kept]))
+    told = dict.fromkeys(('others', 'drafts'), agent.role.quoted([t.text for t in kept])) | dict(summary=''.join(t.text for t in kept))
     messages = agent.role.continued([*conversation[:start], *conversation[start+2*old:]], question=question, **told)
-    return _ask(agent, seat, own, messages, (*parents, *(t.turn_id for t in kept)), seed, round=round, cut=cut,
+    return _ask(agent, seat, own, messages, tuple(dict.fromkeys((*parents, *(t.turn_id for t in kept)))), seed, round=round, cut=cut,
                 shorter=partial(_reply, agent, seat, own, conversation, shown, question, seed, round, parents, cut+1))
 
 # %% ../nbs/api/04_sampling.ipynb #01d6aeea
@@ -331,7 +331,7 @@ def ask_critics(
         for problem, answers in said.items():
             own = answers[seat]
             if 'summary' in agent.role.fields: shown = [told[problem, seat]] if len(answers) > 1 else []
-            else: shown = _others(own, answers)
+            else: shown = _others(None if 'drafts' in agent.role.fields else own, answers)
             asks.append(_reply(agent, seat, own, [*messages[own.context_id], dict(role='assistant', content=own.text)], shown, question[problem], seed, round, (own.turn_id,)))
     return asks
 
@@ -348,6 +348,24 @@ def ask_summaries(
     said,question = _answers_of(turns, round-1),_texts(problems)
     return [_reply(summarizer, own.seat, own, [], _others(own, answers), question[problem], seed, round)
             for problem, answers in said.items() if len(answers) > 1 for own in answers]
+
+# %% ../nbs/api/04_sampling.ipynb #65d391d4
+def ask_judges(
+    contexts:pd.DataFrame, # so far
+    turns:pd.DataFrame,    # so far
+    pairs:pd.DataFrame,    # `first, second`: turn ids; the judge goes on from `first` and is shown `second`
+    problems:pd.DataFrame, # for the questions
+    critics:Team,          # who may judge
+    seed:int=0,            # of the run
+)->list[Ask]: # one for each pair, with the two turns as its parents
+    "Ask critics to compare two answers to a problem."
+    by_id,messages,question = {t.turn_id: t for t in turns.itertuples(index=False)},dict(zip(contexts['context_id'], contexts['messages'])),_texts(problems)
+    asks = []
+    for own, other in ((by_id[a], by_id[b]) for a, b in zip(pairs['first'], pairs['second'])):
+        free = [seat for seat in range(len(critics)) if seat not in (own.seat, other.seat)] or [other.seat]
+        seat = free[int(content_hash(seed, *sorted((own.turn_id, other.turn_id))), 16) % len(free)]
+        asks.append(_reply(list(critics)[seat], seat, own, [*messages[own.context_id], dict(role='assistant', content=own.text)], [other], question[own.problem_id], seed, own.round+1, (own.turn_id,)))
+    return asks
 
 # %% ../nbs/api/04_sampling.ipynb #7e7811ee
 def debate(
@@ -367,7 +385,7 @@ def debate(
     "A debate about every problem."
     if len(generators) != len(critics): raise ValueError(f'a debate needs a critic for each seat: there are {len(generators)} generators and {len(critics)} critics')
     if rounds < 1: raise ValueError(f'a debate has at least 1 round, not {rounds}')
-    for c in critics:
+    for c in critics if rounds > 1 else ():
         if ('summary' in c.role.fields) != (summarizer is not None): raise ValueError(
             f"{c.name!r} is to read a {{summary}}, and there is no summarizer" if summarizer is None else f"there is a summarizer, and {c.name!r} reads no {{summary}}")
     later = [partial(ask, problems=problems, round=r, seed=seed, **who) for r in range(1, rounds)
