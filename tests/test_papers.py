@@ -10,6 +10,7 @@ PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 
 # the parameters that make each paper notebook a matter of seconds; nothing else differs from a real run
 SMOKE = {
+    'malt': {'preset': 'smoke'},
     'mars_po': {'preset': 'smoke'},
     'mars_po_rates': {'preset': 'smoke', 'arms': 'mars_po', 'rates': [1e-4]},
     'small_agents': {'model': 'tiny:products', 'template': '', 'question': '{expression}', 'dtype': 'float32',

@@ -1,0 +1,166 @@
+"""The experiment, its notebook and its command line agree; chains, trees and trainings that a notebook cell would take too long to show."""
+from dataclasses import fields
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mapo.cli import checked, notebook, parameters
+from mapo.malt import (ARMS, COMPARISONS, CORE, MALT, ROLES, Malt, all_arms, build_role_data, chosen_arms, malt_experiment, malt_settings, other_critiques, verdict_row,
+                       word_problems)
+from mapo.methods import nothing
+from mapo.pairs import Selection
+from mapo.report import load_record, redraw
+from mapo.rewards import example_tree
+from mapo.runs import Run, stage
+
+SMALL = dict(n_train=4, n_dev=3, n_test=3, n_hard=3, branching=(2, 2, 2), sft_updates=1, dpo_updates=1, batch_size=4)
+
+
+def test_the_notebook_offers_every_setting_and_nothing_else():
+    offered = set(parameters(notebook('malt'))) - {'preset', 'arms', 'seeds', 'split', 'record'}
+    assert offered == {f.name for f in fields(Malt)}
+
+
+def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
+    for preset in MALT.values():
+        given = {f.name: list(v) if isinstance(v := getattr(preset, f.name), tuple) else v for f in fields(Malt)}
+        assert malt_settings('tiny', **{k: v for k, v in checked('malt', given).items() if k in given}) == preset
+
+
+def test_core_holds_the_primary_comparisons_and_every_arm_can_be_asked_for():
+    assert {name for pair in COMPARISONS for name in pair} <= set(CORE) and len(COMPARISONS) <= 5
+    assert [a.name for a in chosen_arms('all')] == list(ARMS)
+
+
+@pytest.fixture(scope='module')
+def record(tmp_path_factory):
+    "Arms of every kind: the run, and its record."
+    run = Run('kinds', {}, root=tmp_path_factory.mktemp('kinds'))
+    return run, malt_experiment(run, malt_settings('smoke', **SMALL), 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_right,debate,malt_harder,malt_branching_4', [0], 'dev')
+
+
+def test_the_record_is_drawn(record, tmp_path):
+    drawn = {p.name for p in redraw(record[1], tmp_path)}
+    assert {'accuracy.png', 'claims.md', 'readouts.md', 'flips.md', 'sweep.png', 'training.png', 'results.md'} <= drawn
+
+
+def test_arms_share_trees_trainings_and_passes(record):
+    "malt and malt_one differ in how they are read; star's fine-tuned models are where MALT's DPO begins."
+    made = pd.DataFrame(record[0].stages).query('not reused')
+    assert (made.stage == 'tune_dpo').sum() == 2*2, 'verifier and refiner, with two kinds of tree'
+    assert (made.stage == 'tune_sft').sum() == 2*3 + 1, 'three roles with two kinds of tree, and the generator alone'
+    rows, _, _ = load_record(record[1])
+    one, vote = (rows[rows.arm == arm].set_index('problem_id') for arm in ('malt_one', 'malt'))
+    assert (one.n == 3).all() and (vote.n == 1).all() and (one.maj == vote.c).all()
+
+
+def test_what_is_measured_adds_up(record):
+    rows, costs, manifest = load_record(record[1])
+    flips = pd.read_csv(record[1]/'flips.csv')
+    assert np.allclose(flips.groupby('arm').share.sum(), 1)
+    readouts = pd.read_csv(record[1]/'readouts.csv').set_index(['arm', 'readout']).accuracy
+    ends = flips[flips.flip.isin(['wrong to right', 'right to right'])].groupby('arm').share.sum()
+    for arm, last in dict(malt='refiner', gv='verifier', gr='refiner').items(): assert ends[arm] == pytest.approx(readouts[arm, f'after {last}'])
+    assert readouts['malt', 'vote'] == pytest.approx(rows[rows.arm == 'malt'].c.mean())
+    assert set(rows.arm) & {'malt_harder', 'ma_vote_harder'} == set() and 'harder' in set(pd.read_csv(record[1]/'sweep.csv').value)
+    updates = costs.set_index('arm').updates
+    assert updates['malt'] == updates['gold_sft'] == 5 and updates['star_ma_vote'] == 3
+    assert manifest['bases']['malt'] == 'ma_vote' and manifest['bases']['gold_sft'] == 'sa_vote'
+
+
+def test_dpo_begins_at_the_fine_tuned_model(record):
+    "Held to the model that it starts from, the first margin is zero, and the second is not."
+    margins = pd.read_csv(record[1]/'training.csv').query("arm == 'malt'").sort_values('step').margin
+    assert margins.iloc[0] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize('variant', [dict(lora_rank=4, sft_learning_rate=1e-3), dict(verifier='tiny:products', generator_dpo=True, n_pairs=1), dict(gap=.5, threshold=.4, branching=(3, 2, 1))], ids=str)
+def test_variants_run_to_the_end(variant, tmp_path):
+    done = all_arms(Run('variant', variant, root=tmp_path), malt_settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')
+    step = done[-1]
+    assert step['arm'].name == 'malt' and any('training' in l for l in step['lessons'])
+    if 'lora_rank' in variant: assert len({a.model.path for a in step['team']}) == 1 and any(a.model.adapter for a in step['team'])
+    if 'generator_dpo' in variant: assert [l['method'] for l in step['lessons'] if l['role'] == 'generator'] == ['sft', 'dpo']
+
+
+def test_another_threshold_grows_no_new_tree(tmp_path):
+    settings = lambda **more: malt_settings('smoke', **SMALL | more)
+    all_arms(Run('first', {}, root=tmp_path), settings(), 'star_ma', [0], 'dev')
+    second = Run('second', {}, root=tmp_path)
+    all_arms(second, settings(threshold=.2), 'star_ma', [0], 'dev')
+    made = [s['stage'] for s in second.stages if not s['reused']]
+    assert made.count('value_turns') == 1 and made.count('sample_chain') <= 2, 'only the evaluation of newly trained roles'
+
+
+def test_contexts_that_outgrow_the_window_are_counted_and_wrong(tmp_path):
+    run = Run('long', {}, root=tmp_path)
+    record = malt_experiment(run, malt_settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'ma', [0], 'dev')
+    rows, _, _ = load_record(record)
+    assert (rows.c == 0).all() and (rows.n == 1).all() and len(rows) == 3
+    assert pd.read_parquet(record/'calls.parquet').not_asked.sum() == 3
+    readouts = pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists() else {}
+    assert len(readouts) == 3 and readouts['after refiner'] == 0
+    with pytest.raises(ValueError, match="star_ma: no examples for agent 'generator'"): all_arms(run, malt_settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
+
+
+def test_nobody_right_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="malt: no examples for agent 'generator': none of 8 turns is right"):
+        all_arms(Run('wrong', {}, root=tmp_path), malt_settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
+
+
+@pytest.mark.parametrize('leaves,fate', [([[1, 1], [1, 1]], 'nothing to reject'), ([[0, 0], [0, 0]], 'nothing to choose')])
+def test_a_role_without_pairs_says_why(leaves, fate, tmp_path):
+    tree = example_tree(leaves)
+    value = float(leaves[0][0])
+
+    @stage()
+    def grown(draft):
+        draft.write('turns', tree.assign(split='train', purpose='train', iteration=1))
+        draft.write('contexts', pd.DataFrame(dict(context_id=tree.context_id.unique())).assign(messages=[[dict(role='user', content='?')]]*tree.context_id.nunique()))
+        draft.write('scores', pd.DataFrame(dict(turn_id=tree.turn_id, name='positive', value=value, label=None, scorer_key='by hand')))
+
+    run = Run('pairs', {}, root=tmp_path)
+    turns = run.stage(grown)
+    siblings = Selection(score='positive', by='context_id', n_positives=0, n_negatives=0, n_pairs=0)
+    data = lambda role, kind: run.stage(build_role_data, turns=turns, scores=(turns,), role=role, data=kind, selection=siblings)
+    assert f'2 {fate}' in nothing(data('refiner', 'own_pairs'))
+    assert bool(nothing(data('verifier', 'own_positives'))) == (value == 0)
+    assert 'nothing to learn for the critic: it was never asked' in nothing(data('critic', 'own_positives'))
+
+
+def test_a_verifier_that_answers_instead_of_judging_is_counted(tmp_path):
+    texts = dict(g='06+08-7#### 41', v1='06+08-7#### 42', v2='<right>#### 41', v3='Verdict: incorrect')
+    tree = example_tree([[0], [0], [0]]).query("role != 'refiner'").assign(sample=0, text=lambda t: t.turn_id.map(texts))
+
+    @stage()
+    def said(draft):
+        draft.write('turns', tree)
+        draft.write('scores', pd.DataFrame([dict(turn_id=t, name=n, value=v, label=l, scorer_key='by hand') for t in tree.turn_id for n, v, l in (('answer', np.nan, '41'), ('correct', 0., None))]))
+
+    talk = Run('verdict', {}, root=tmp_path).stage(said)
+    row = verdict_row(dict(arm=ARMS['gv'], seed=0, measured=dict(evaluate=(talk, talk))))
+    assert row['no_verdict'] == pytest.approx(1/3) and row['no_answer'] == pytest.approx(1/3) and row['objects'] == pytest.approx(1/3) and np.isnan(row['approves'])
+
+
+def test_scripted_critiques_keep_what_the_others_said():
+    tree = example_tree([[1]]).query("role != 'refiner'").assign(sample=0, text='#### 6', problem_id='arithmetic/x')
+    problems = pd.DataFrame(dict(problem_id=['arithmetic/x'], question=['2*3+2*2-4'], answer=['6'], kind='number'))
+    right, wrong = (other_critiques(tree, problems, told, 0) for told in ('right', 'wrong'))
+    assert right[0] == wrong[0] == '#### 6' and right[1].endswith('#### 6') and not wrong[1].endswith('#### 6')
+
+
+def test_word_problems_of_dev_and_test_are_disjoint_and_repeat():
+    dev, test = word_problems(200, 'dev'), word_problems(200, 'test')
+    assert len(dev) == len(test) == 200 and set(dev.question).isdisjoint(test.question) and dev.equals(word_problems(200, 'dev'))
+    assert (dev.answer.astype(int) > 0).all() and not dev.question.str.contains('[{}]').any()
+
+
+@pytest.mark.parametrize('how,sentence', [
+    (dict(seeds=[0, 0]), r'seeds must be distinct whole numbers, at least one, not \[0, 0\]'),
+    (dict(split='train'), "split must be 'dev' or 'test', not 'train'"),
+    (dict(arms='mallt'), "malt has no arm 'mallt'")])
+def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        all_arms(Run('refused', {}, root=tmp_path), malt_settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
+    assert not list(tmp_path.rglob('*.parquet'))
