@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
 from .methods import (build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems, nothing, sample_alone, score_turns, trained,
-                          tune_dpo, tune_reward, tune_sft)
+                          tune_dpo, tune_reward, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .runs import Artifact, Run
 from .tiny import FLAWLESS, FORM, make_agent, solve, written
@@ -439,16 +439,10 @@ def rates_experiment(
 )->Path: # the record's folder, with `rates.csv`
     "Dev accuracy at the last iteration for every arm under every rate."
     from mapo.evaluation import accuracy
-    from mapo.runs import write_json
     if len(set(rates)) < len(rates) or not rates: raise ValueError(f'mars_po_rates: rates must be distinct numbers, at least one, not {rates}')
     tables = []
     for rate in rates:
         done = all_arms(run, replace(s, learning_rate=float(rate), learning_rates={}), arms, seeds, 'dev')
         last = pd.concat([_results(dict(arm=arm, seed=seed) | steps[-1]) for (arm, seed), steps in done.items() if ARMS[arm].data], ignore_index=True)
         tables.append(accuracy(last, by=('arm',)).assign(learning_rate=float(rate), greedy=accuracy(last, by=('arm',), metric='greedy').accuracy, run=run.id))
-    folder,about = run.folder/'record',run.record()
-    folder.mkdir(exist_ok=True)
-    pd.concat(tables, ignore_index=True).sort_values(['arm', 'learning_rate']).to_csv(folder/'rates.csv', index=False, float_format='%.10g', lineterminator='\n')
-    write_json(folder/'manifest.json', dict(run=run.id, settings=asdict(s), hardware=about['machine'], cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
-               | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
-    return folder
+    return write_rates(run, s, pd.concat(tables, ignore_index=True))

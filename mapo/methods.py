@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LICENCES', 'licensed', 'make_problems', 'benchmark', 'sample_alone', 'sample_debate', 'vote_turns', 'grade_turns',
            'score_turns', 'flip_scores', 'scored', 'build_data', 'build_reward_data', 'nothing', 'tune_sft', 'tune_dpo',
-           'tune_reward', 'trained']
+           'tune_reward', 'trained', 'write_rates']
 
 # %% ../nbs/api/13_methods.ipynb #90bd44c7
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 
 from .agents import Agent, Model, Team
 from .pairs import Selection
-from .runs import Artifact, Draft, stage
+from .runs import Artifact, Draft, Run, stage
 
 # %% ../nbs/api/13_methods.ipynb #6c5d7863
 LICENCES = { # of the presets' models
@@ -218,3 +218,18 @@ def trained(
     "The same model with the weights, or the adapter, that a training made."
     folder = str(training.path/'model')
     return replace(model, adapter=folder) if lora else replace(model, path=folder, revision='')
+
+# %% ../nbs/api/13_methods.ipynb #cf3aa534
+def write_rates(
+    run:Run,            # that made it
+    settings,           # the experiment's, a dataclass
+    table:pd.DataFrame, # `arm, learning_rate, accuracy, low, high, ...`, a row per arm and rate
+)->Path: # the folder `record` of the run, with `rates.csv` and `manifest.json`
+    "Write the record of a grid."
+    from mapo.runs import write_json
+    folder,about = run.folder/'record',run.record()
+    folder.mkdir(exist_ok=True)
+    table.sort_values(['arm', 'learning_rate']).to_csv(folder/'rates.csv', index=False, float_format='%.10g', lineterminator='\n')
+    write_json(folder/'manifest.json', dict(run=run.id, settings=asdict(settings), hardware=about['machine'], cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
+               | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
+    return folder

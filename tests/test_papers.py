@@ -11,8 +11,11 @@ PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 # the parameters that make each paper notebook a matter of seconds; nothing else differs from a real run
 SMOKE = {
     'malt': {'preset': 'smoke'},
+    'malt_rates': {'preset': 'smoke', 'arms': 'malt_one', 'rates': [1e-4]},
     'mars_po': {'preset': 'smoke'},
     'mars_po_rates': {'preset': 'smoke', 'arms': 'mars_po', 'rates': [1e-4]},
+    'multiagent_ft': {'preset': 'smoke'},
+    'multiagent_ft_rates': {'preset': 'smoke', 'arms': 'majority_ft', 'rates': [1e-4]},
     'small_agents': {'model': 'tiny:products', 'template': '', 'question': '{expression}', 'dtype': 'float32',
                      'n_lessons': 32, 'updates': 2, 'n_samples': 2},
     'tiny_world': {'trial': 'new', 'n': 20},
