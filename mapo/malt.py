@@ -8,12 +8,12 @@ __all__ = ['ROLES', 'RECIPES', 'G', 'V', 'R', 'ARMS', 'CORE', 'MALT', 'STATED', 
            'first_team', 'sample_chain', 'value_turns', 'tree', 'build_role_data', 'teach', 'tune', 'answers', 'talk',
            'tell_refiner', 'other_critiques', 'critique', 'word_problems', 'make_harder', 'answers_by_turn',
            'final_answers', 'readable', 'results', 'by_turn_rows', 'flip_rows', 'verdict_row', 'shared_prefixes',
-           'prompt_tokens', 'malt_experiment', 'all_arms', 'write_record', 'manifest', 'costs']
+           'prompt_tokens', 'malt_experiment', 'all_arms', 'write_record', 'manifest', 'costs', 'malt_rates']
 
 # %% ../nbs/api/16_malt.ipynb #74b9032a
 import random, re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored, trained, tune_dpo, tune_sft
+from .methods import _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored, trained, tune_dpo, tune_sft, write_rates
 from .pairs import Selection, to_arrow
 from .rewards import parent_rows, seeded_draw
 from .runs import Artifact, Draft, Run, stage
@@ -70,6 +70,7 @@ class Malt:
     sft_learning_rate:float=3e-4 # paper: a "multiplier" of 0.1, no absolute rate
     dpo_updates:int=60           # of each role with pairs; paper: as for SFT, "not always" to convergence
     dpo_learning_rate:float=3e-5 # paper: a "multiplier" of 0.1, no absolute rate
+    learning_rates:dict=field(default_factory=dict) # arm -> rate of its last kind of training, where it is another one; ours
     beta:float=0.2               # DPO's inverse temperature; paper: 0.2
     batch_size:int=16            # rows per update; paper: 8 (SFT)
     micro_batch_size:int=0       # rows per forward pass, a divisor of `batch_size`; 0 takes the batch at once; ours
@@ -84,6 +85,8 @@ class Malt:
         for name in ('threshold', 'gap'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f'malt: {name} must lie in [0, 1], not {getattr(self, name)}')
         if len(self.branching) != len(ROLES) or min(self.branching) < 1: raise ValueError(f'malt: branching must be {len(ROLES)} numbers of at least 1, not {list(self.branching)}')
+        unknown = [a for a in self.learning_rates if a not in ARMS]
+        if unknown: raise ValueError(f"malt: learning_rates names an arm that there is not, {unknown[0]!r}: there are {', '.join(ARMS)}")
 
     def team(self, chain:tuple=ROLES)->Team:
         "The roles of a chain before training; one that misses the verifier shows the refiner an empty critique."
@@ -123,6 +126,15 @@ class Arm:
     harder:bool=False    # evaluated on harder problems
     sweep:tuple=()       # (setting, value, the arm that it is a variant of), for the table of sweeps
     changes:Callable=lambda s: {} # from the settings to those that differ in this arm
+
+    @property
+    def rate(self)->str: # a field of `Malt`
+        "The learning rate of its last kind of training."
+        return 'dpo_learning_rate' if self.recipe == 'malt' else 'sft_learning_rate'
+
+    def settings(self, s:Malt)->Malt:
+        "The settings of this arm, with its own learning rate."
+        return replace(s, **{self.rate: s.learning_rates.get(self.name, getattr(s, self.rate))} | self.changes(s))
 
     def methods(self, s:Malt, role:str)->tuple: # of 'sft' and 'dpo'
         "What a role learns."
@@ -251,7 +263,7 @@ def malt(
     split:str,     # where it is evaluated
 )->dict: # what was sampled, chosen, trained and measured
     "One arm: sample a tree, propagate, choose, train, answer."
-    s = replace(s, **arm.changes(s))
+    s = arm.settings(s)
     team = first_team(run, s, seed)
     step = dict(arm=arm, seed=seed, iteration=int(bool(arm.recipe)), problems=problems, lessons=[])
     if arm.recipe:
@@ -689,3 +701,21 @@ def _calls(s, done): # what one answer takes at inference: calls and tokens per 
         calls = len(arm.chain)*max(1, arm.votes*s.votes) if arm.chain else s.debaters*s.rounds
         rows.append(dict(arm=arm.name, seed=step['seed'], calls=calls, tokens=calls*turns.read('turns')['completion_tokens'].mean(), not_asked=turns.log.get('not_asked', 0)))
     return pd.DataFrame(rows)
+
+# %% ../nbs/api/16_malt.ipynb #3fc703c8
+def malt_rates(
+    run:Run,    # keeps the stages and the record
+    s:Malt,     # settings
+    arms:str,   # as for `chosen_arms`
+    rates:list, # the grid, the same for all arms
+    seeds:list, # that no result uses
+)->Path: # the record's folder, with `rates.csv`
+    "Dev accuracy of every trained arm under every rate."
+    from mapo.evaluation import accuracy
+    if len(set(rates)) < len(rates) or not rates: raise ValueError(f'malt_rates: rates must be distinct numbers, at least one, not {rates}')
+    tables = []
+    for rate in map(float, rates):
+        done = all_arms(run, replace(s, learning_rates=dict.fromkeys([a.name for a in chosen_arms(arms) if a.recipe], rate)), arms, seeds, 'dev')
+        rows = pd.concat([results(step, s) for step in done if step['arm'].recipe], ignore_index=True)
+        tables.append(accuracy(rows, by=('arm',)).assign(learning_rate=rate, greedy=accuracy(rows, by=('arm',), metric='greedy').accuracy, run=run.id))
+    return write_rates(run, s, pd.concat(tables, ignore_index=True))
