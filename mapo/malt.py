@@ -559,11 +559,12 @@ def shared_prefixes(
 # %% ../nbs/api/16_malt.ipynb #ca233cc8
 @stage(version=1, libraries=('tokenizers',))
 def prompt_tokens(draft:Draft, *, turns:Artifact, model:Model):
-    "Prompt tokens of a tree that shares one model, as three kinds of engines compute them."
+    "Prompt tokens of the first 200 trees, whose roles share one model, as three kinds of engines compute them."
     from mapo.engines import load_tokenizer
     said,contexts,tokenizer = turns.read('turns'),turns.read('contexts').set_index('context_id')['messages'],load_tokenizer(model)
-    read = lambda ids: [tokenizer(tokenizer.apply_chat_template([dict(m) for m in contexts[i]], tokenize=False, add_generation_prompt=True), add_special_tokens=False)['input_ids'] for i in ids]
-    tokens = dict(zip(contexts.index, read(contexts.index)))
+    said = said[said['problem_id'].isin(said['problem_id'].unique()[:200])]
+    read = lambda messages: tokenizer(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True), add_special_tokens=False)['input_ids']
+    tokens = {i: read(contexts[i]) for i in said['context_id'].unique()}
     requests = said.loc[~said.assign(parent=said['parent_ids'].map(''.join)).duplicated(['context_id', 'parent']), 'context_id']
     _,distinct = shared_prefixes([tokens[i] for i in requests])
     computed = {'a row per sample (TransformersEngine)': sum(len(tokens[i]) for i in said['context_id']), 'a prompt per request': sum(len(tokens[i]) for i in requests), 'every prefix once': distinct}
