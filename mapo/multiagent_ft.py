@@ -435,13 +435,13 @@ def measure_diversity(draft:Draft, *, turns:Artifact, voted:Artifact, problems:A
     from mapo.diversity import consensus, embedding_dissimilarity, kl_between, nll_among, over_problems, sentence_encoder
     said,contexts,kinds = _spoken(turns, (voted,), 'answer'),turns.read('contexts'),problems.read('problems')[['problem_id', 'kind']]
     said = said[said['problem_id'].isin(sorted(said['problem_id'].unique())[:n])]
-    several,last,text = said['seat'].nunique() > 1,said['round'].max(),said['text'].fillna('').str.strip() != ''
-    values = [consensus(said, kinds)] if several else []
-    if several and last: values.append(nll_among({a: m for a, m in models.items() if a.startswith('crit')}, said[(said['round'] == last) & text], contexts))
+    spoken,several = said[said['text'].fillna('').str.strip() != ''],said['seat'].nunique() > 1
+    first,last = spoken[spoken['round'] == 0],spoken[(spoken['round'] == said['round'].max()) & (spoken['round'] > 0)]
     distinct = {m: a for a, m in models.items() if a.startswith('gen') and m != base}
-    first = said[(said['round'] == 0) & text]
-    if distinct: values.append(_divergence(kl_between({'base': base} | {a: m for m, a in distinct.items()}, first, contexts)))
-    if encoder and several: values.append(embedding_dissimilarity(said[text], sentence_encoder(encoder), kinds))
+    values = [consensus(said, kinds)] if several else []
+    if last['agent'].nunique() > 1: values.append(nll_among({a: m for a, m in models.items() if a.startswith('crit')}, last, contexts))
+    if distinct and len(first): values.append(_divergence(kl_between({'base': base} | {a: m for m, a in distinct.items()}, first, contexts)))
+    if encoder and several and spoken['answer'].notna().any(): values.append(embedding_dissimilarity(spoken, sentence_encoder(encoder), kinds))
     draft.write('diversity', over_problems(pd.concat(values, ignore_index=True)) if values else pd.DataFrame(columns=['measure', 'round', 'mean', 'low', 'high', 'se', 'problems', 'left_out']))
 
 def _divergence(rows): # KL of the agents among each other, and of each to the base

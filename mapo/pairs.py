@@ -454,7 +454,7 @@ def _mixed(found, share, seed, fates, seat): # cut the larger set, so that `shar
     for lesson, most in room.items():
         taken = int(min(n[lesson], np.floor(round(most, 9) + .5)))
         fates |= {f'{lesson} over the share': n[lesson] - taken, lesson: taken}
-    found = found[place <= found['lesson'].map(fates)]
+    found = found[place <= found['lesson'].map(fates).astype(float)]
     if found.empty: raise NothingToLearn(f"nothing to learn for the critic of seat {seat}: " + ', '.join(f'{count} {fate}' for fate, count in fates.items() if count))
     return Built(found, ledger('critic turns', fates))
 
