@@ -441,7 +441,8 @@ def measure_diversity(draft:Draft, *, turns:Artifact, voted:Artifact, problems:A
     values = [consensus(said, kinds)] if several else []
     if last['agent'].nunique() > 1: values.append(nll_among({a: m for a, m in models.items() if a.startswith('crit')}, last, contexts))
     if distinct and len(first): values.append(_divergence(kl_between({'base': base} | {a: m for m, a in distinct.items()}, first, contexts)))
-    if encoder and several and spoken['answer'].notna().any(): values.append(embedding_dissimilarity(spoken, sentence_encoder(encoder), kinds))
+    whole = spoken[spoken.groupby(['problem_id', 'round'])['seat'].transform('nunique') == said['seat'].nunique()]
+    if encoder and several and whole['answer'].notna().any(): values.append(embedding_dissimilarity(whole, sentence_encoder(encoder), kinds))
     draft.write('diversity', over_problems(pd.concat(values, ignore_index=True)) if values else pd.DataFrame(columns=['measure', 'round', 'mean', 'low', 'high', 'se', 'problems', 'left_out']))
 
 def _divergence(rows): # KL of the agents among each other, and of each to the base
