@@ -50,7 +50,7 @@ class Malt:
     hard_low:int=6               # smallest operand of the harder ones; ours
     question:str='{expression}'  # how a generated problem is put
     data:str=''                  # folder with a benchmark's train.jsonl and test.jsonl; '' for the hub
-    n_train:int=96               # training problems; 0 for all of a benchmark. Paper: 7.47k GSM8K, 7.5k MATH, 9.74k CSQA
+    n_train:int=192              # training problems; 0 for all of a benchmark. Paper: 7.47k GSM8K, 7.5k MATH, 9.74k CSQA
     n_dev:int=256                # problems settings are chosen on; ours
     n_test:int=400               # problems of the final evaluation; 0 for all of a benchmark. The paper rests on about 400 of each
     n_hard:int=256               # harder problems, for transfer; ours (paper: GSM-Symbolic-P1, which these are not)
@@ -66,10 +66,10 @@ class Malt:
     temperature:float=1.0        # of sampling; paper: 0.3 (Llama)
     top_p:float=1.0              # the paper is silent
     max_tokens:int=64            # of a turn; the paper is silent
-    sft_updates:int=60           # of each role; paper: 1 to 10 epochs by data size
-    sft_learning_rate:float=3e-4 # paper: a "multiplier" of 0.1, no absolute rate
+    sft_updates:int=150          # of each role; paper: 1 to 10 epochs by data size
+    sft_learning_rate:float=1e-4 # paper: a "multiplier" of 0.1, no absolute rate
     dpo_updates:int=60           # of each role with pairs; paper: as for SFT, "not always" to convergence
-    dpo_learning_rate:float=3e-5 # paper: a "multiplier" of 0.1, no absolute rate
+    dpo_learning_rate:float=1e-5 # paper: a "multiplier" of 0.1, no absolute rate
     learning_rates:dict=field(default_factory=dict) # arm -> rate of its last kind of training, where it is another one; ours
     beta:float=0.2               # DPO's inverse temperature; paper: 0.2
     batch_size:int=16            # rows per update; paper: 8 (SFT)
