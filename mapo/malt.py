@@ -47,7 +47,7 @@ class Malt:
     form:str=FORM                # of generated problems
     low:int=2                    # smallest operand of generated problems
     high:int=9                   # largest operand of generated problems
-    hard_low:int=6               # smallest operand of the harder ones; ours
+    hard_low:int=5               # smallest operand of the harder ones; ours
     question:str='{expression}'  # how a generated problem is put
     data:str=''                  # folder with a benchmark's train.jsonl and test.jsonl; '' for the hub
     n_train:int=192              # training problems; 0 for all of a benchmark. Paper: 7.47k GSM8K, 7.5k MATH, 9.74k CSQA

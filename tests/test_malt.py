@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from mapo.cli import checked, notebook, parameters
-from mapo.malt import (ARMS, COMPARISONS, CORE, MALT, ROLES, Malt, all_arms, build_role_data, chosen_arms, malt_experiment, malt_settings, other_critiques, verdict_row,
+from mapo.malt import (ARMS, COMPARISONS, CORE, MALT, Malt, all_arms, build_role_data, chosen_arms, make_harder, malt_experiment, malt_settings, other_critiques, verdict_row,
                        word_problems)
-from mapo.methods import nothing
+from mapo.methods import make_problems, nothing
 from mapo.pairs import Selection
 from mapo.report import load_record, redraw
 from mapo.rewards import example_tree
@@ -164,3 +164,12 @@ def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         all_arms(Run('refused', {}, root=tmp_path), malt_settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
     assert not list(tmp_path.rglob('*.parquet'))
+
+
+@pytest.mark.parametrize('preset', ['smoke', 'tiny'])
+def test_there_are_enough_harder_problems_and_none_was_trained_on(preset, tmp_path):
+    s, run = MALT[preset], Run('harder', {}, root=tmp_path)
+    harder = run.stage(make_harder, source=s.source, form=s.form, low=s.hard_low, high=s.high, question=s.question, n=s.n_hard, seed=s.problem_seed).read('problems')
+    trained_on = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question, data='', n_train=s.n_train, n_dev=1, n_test=1, seed=s.problem_seed).read('problems')
+    assert (harder.groupby('split').size() == s.n_hard).all()
+    assert set(harder.problem_id).isdisjoint(trained_on.problem_id[trained_on.split == 'train'])
