@@ -191,7 +191,7 @@ _PAPER = MultiagentFT(**_WORDS | dict(unique_ids=''), model='microsoft/Phi-3-min
 
 MULTIAGENT_FT = dict(
     smoke=MultiagentFT(n_train=16, n_dev=8, n_test=8, n_transfer=4, n_diversity=4, iterations=1, updates=2),
-    tiny=MultiagentFT(),
+    tiny=MultiagentFT(learning_rates=dict.fromkeys(('single_agent', 'single_agent_alone', 'single_agent_total', 'single_agent_hot'), 3e-5) | dict.fromkeys(('debate_dpo', 'debate_dpo_majority'), 1e-5)),
     small=MultiagentFT(**_WORDS | dict(unique_ids=''), model='Qwen/Qwen2.5-0.5B-Instruct', dtype='bfloat16', form='a+b*c+d-e*f', low=0, high=29, question='What is {expression}?',
                        n_train=500, n_dev=200, n_test=500, transfer='gsm8k', n_transfer=500, max_tokens=384, updates=0, micro_batch_size=4, learning_rate=1e-5, lora_rank=16, checkpoint_every=20, chunk_answers=1024),
     paper=_PAPER,
@@ -474,7 +474,7 @@ CLAIMS = [
     dict(claim='Tuned agents that do not interact are still better than a single tuned one', paper="authors' answer to reviewers; no numbers", tests=[['multiagent_ft_no_interaction', 'single_agent@1']]),
     dict(claim='More iterations improve further', paper='Figure 1 (also in the text): 58.8 to 66.0 after five', tests=[['multiagent_ft@2', 'multiagent_ft@1']]),
     dict(claim='... but not a single agent', paper='Figure 1: its curve falls from the third on; read off a plot', tests=[['single_agent@2', 'single_agent@1']])]
-FIGURES = dict(accuracy=['majority', 'debate', 'star', 'majority_ft', 'single_agent', 'multiagent_ft'],
+FIGURES = dict(accuracy=['majority', 'debate', 'star', 'majority_ft', 'single_agent', 'single_agent_total', 'multiagent_ft'],
                ablations=['multiagent_ft', 'multiagent_ft_no_summary', 'multiagent_ft_no_critics', 'multiagent_ft_ids', 'multiagent_ft_no_interaction', 'single_agent_alone', 'single_agent_total', 'single_agent_hot'],
                seats=['debate', 'majority_ft', 'multiagent_ft', 'debate_five', 'majority_ft_five', 'multiagent_ft_five', 'cooperative', 'cooperative_ft'],
                preferences=['multiagent_ft', 'debate_dpo', 'debate_dpo_majority'], agents=[])
@@ -533,7 +533,7 @@ def write_record(
     rows = pd.concat([readouts(step['arm'], step['seed'], step, problems) for step in steps], ignore_index=True)
     own = rows[rows['agent'] == rows['arm'].map(lambda a: ARMS[a].readout)].assign(agent='team')
     arms = {arm for arm, _ in done}
-    manifest = dict(run=run.id, comparisons=[c for c in COMPARISONS if {*c} <= arms], claims=CLAIMS, figures={name: [a for a in shown if a in arms] for name, shown in FIGURES.items()},
+    manifest = dict(run=run.id, comparisons=[c for c in COMPARISONS if {*c} <= arms], claims=[c for c in CLAIMS if any({x.partition('@')[0] for x in test} <= arms for test in c['tests'])], figures={name: [a for a in shown if a in arms] for name, shown in FIGURES.items()},
                     bases={a: b for a, b in BASES.items() if {a, b} <= arms},
                     settings=asdict(s), hardware=about['machine'], seeds_vary='Each seed debates, chooses and trains anew, from the same first model.', cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
     save_record(folder, own, _costs(steps), manifest | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
