@@ -571,7 +571,7 @@ def prompt_tokens(draft:Draft, *, turns:Artifact, model:Model):
     draft.write('prompts', pd.DataFrame([dict(engine=name, tokens=n, share_again=1 - distinct/n) for name, n in computed.items()]))
 
 # %% ../nbs/api/16_malt.ipynb #8fc57e6a
-COMPARISONS = [['malt', 'sa'], ['malt', 'ma_vote'], ['malt', 'star_ma_vote'], ['malt', 'sa_vote_nine'], ['malt_one', 'malt_shuffled']]
+COMPARISONS = [['malt', 'sa'], ['malt', 'star_ma_vote'], ['malt', 'sa_vote_nine'], ['malt', 'gold_sft'], ['malt_one', 'malt_shuffled']]
 CLAIMS = [
     dict(claim='MALT is better than a single model', paper='GSM8K 84.25 to 90.50, CSQA 74.50 to 81.50, MATH 49.50 to 57.25 (Table 1; MALT with a vote of 3)', tests=[['malt', 'sa']]),
     dict(claim='... than a vote of three single models', paper='86.75, 75.75, 52.50 against 90.50, 81.50, 57.25 (Table 1)', tests=[['malt', 'sa_vote']]),
