@@ -196,12 +196,13 @@ CORE = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vo
 # %% ../nbs/api/16_malt.ipynb #53f9ba51
 def chosen_arms(
     arms:str, # 'core', 'all', or names joined by commas
-)->list[Arm]: # in the order of the tables, the untrained counterpart of each included
+)->list[Arm]: # in the order of the tables; what an arm is a variant of, and the untrained counterpart of each, are included
     "The arms that somebody asks for by name."
     names = dict(core=CORE, all=tuple(ARMS)).get(arms, tuple(arms.replace(' ', '').split(',')))
     for name in names:
         if name not in ARMS: raise ValueError(f"malt has no arm {name!r}: there are {', '.join(ARMS)}, and 'core' and 'all'")
-    return [a for n, a in ARMS.items() if n in names or n in {ARMS[name].base for name in names}]
+    wanted = {*names, *(ARMS[n].sweep[-1] for n in names if ARMS[n].sweep)}
+    return [a for n, a in ARMS.items() if n in wanted | {ARMS[w].base for w in wanted}]
 
 # %% ../nbs/api/16_malt.ipynb #9a00055e
 _SOLVE = ('Work on this problem in five steps: note the key facts, say what is asked, plan, carry the plan out, then conclude and check the result. '
