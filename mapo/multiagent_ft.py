@@ -443,7 +443,12 @@ def measure_diversity(draft:Draft, *, turns:Artifact, voted:Artifact, problems:A
     if distinct and len(first): values.append(_divergence(kl_between({'base': base} | {a: m for m, a in distinct.items()}, first, contexts)))
     whole = spoken[spoken.groupby(['problem_id', 'round'])['seat'].transform('nunique') == said['seat'].nunique()]
     if encoder and several and whole['answer'].notna().any(): values.append(embedding_dissimilarity(whole, sentence_encoder(encoder), kinds))
-    draft.write('diversity', over_problems(pd.concat(values, ignore_index=True)) if values else pd.DataFrame(columns=['measure', 'round', 'mean', 'low', 'high', 'se', 'problems', 'left_out']))
+    table = _with_spread(pd.concat(values, ignore_index=True)) if values else pd.DataFrame()
+    draft.write('diversity', over_problems(table) if len(table) else pd.DataFrame(columns=['measure', 'round', 'mean', 'low', 'high', 'se', 'problems', 'left_out']))
+
+def _with_spread(rows): # a measure that has a value on one problem alone, or on none, has no mean worth the name
+    problems = rows.dropna(subset='value').groupby(['measure', 'round'])['problem_id'].nunique()
+    return rows[[problems.get(key, 0) > 1 for key in zip(rows['measure'], rows['round'])]]
 
 def _divergence(rows): # KL of the agents among each other, and of each to the base
     rows = rows[(rows['measure'] == 'kl') & (rows['agent'] != 'base')]
