@@ -7,7 +7,8 @@ import pytest
 
 from conftest import REPO, command
 from mapo.agents import CHECKPOINTS, Model
-from mapo.mars_po import LICENCES, MARS_PO, all_arms, mars_po_settings, reward_scores
+from mapo.mars_po import MARS_PO, all_arms, mars_po_settings, reward_scores
+from mapo.methods import LICENCES
 from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, MAX_LENGTH, Sizes, count_parameters, licence_lines, lora_parameters, plan_mars_po, sampling_table, sizes,
                        teachers, totals, training_memory)
 from mapo.runs import Run
