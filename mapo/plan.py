@@ -338,7 +338,10 @@ class Plan:
 # %% ../nbs/api/17_plan.ipynb #32829ab4
 CONDITIONS = { # what matters where a model's texts train others
     'Apache-2.0': 'keep the licence and the notices',
+    'MIT': 'keep the copyright notice and the licence',
     'DeepSeek licence': 'its use restrictions go on with every derivative, and a model trained on its texts to perform like it is one',
+    'Llama 3 licence': 'its texts may improve no other model than Llama 3 and its derivatives; whoever passes these on adds the licence, shows "Built with Meta Llama 3" and begins '
+                       'their names with "Llama 3"; services with over 700 million users a month ask Meta first',
     'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence and shows "Built with Llama"; the name of a model trained '
                          'on its texts begins with "Llama"; services with over 700 million users a month ask Meta first',
     'Qwen licence': 'a model that is trained or improved with it or with what it puts out, and passed on, shows "Built with Qwen" or "Improved using Qwen"; '
