@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNLIMITED', 'Sampling', 'Request', 'Completion', 'Engine', 'check_window', 'ScriptedEngine', 'device_for',
-           'load_tokenizer', 'load_model', 'save_model', 'cache_folder', 'model_window', 'uniforms', 'SeededDraw',
-           'ChatEngine', 'plan_batches', 'TransformersEngine', 'Scorer', 'ScriptedScorer', 'load_reward_model',
-           'new_reward_model', 'is_reward_model', 'conversation_ids', 'RewardScorer']
+           'load_tokenizer', 'load_model', 'check_base', 'save_model', 'local_folder', 'cache_folder', 'model_window',
+           'uniforms', 'SeededDraw', 'shares_base', 'ChatEngine', 'plan_batches', 'TransformersEngine', 'Scorer',
+           'ScriptedScorer', 'load_reward_model', 'new_reward_model', 'is_reward_model', 'conversation_ids',
+           'RewardScorer']
 
 # %% ../nbs/api/03_engines.ipynb #cd3be3e9
 import json
@@ -137,7 +138,7 @@ def load_tokenizer(
     model:Model, # which model
 )->transformers.PreTrainedTokenizerBase: # pads on the left; has a chat template and an end token
     "The tokenizer of `model`, ready for batched generation."
-    folder = _loadable(model)
+    folder = local_folder(model)
     if not any((folder/n).exists() for n in ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')):
         raise ValueError(f"model {model.name!r}: {folder} has no tokenizer (tokenizer.json): save the tokenizer beside the weights")
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left', local_files_only=True, trust_remote_code=False)
@@ -159,7 +160,7 @@ def load_model(
 
 # %% ../nbs/api/03_engines.ipynb #0f097972
 def _weights(kind, model, **settings):
-    folder = _loadable(model)
+    folder = local_folder(model)
     if not any(folder.glob('*.safetensors')): raise ValueError(f"model {model.name!r}: {folder} has no *.safetensors weights (pickled weights are not read)")
     try: return kind.from_pretrained(folder, dtype=getattr(torch, model.dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True, **settings)
     except Exception as e: raise ValueError(f"model {model.name!r}: its weights in {folder} cannot be read: {_first_line(e)}") from None
@@ -173,7 +174,7 @@ def _with_adapter(net, model, trainable=False, name='default'):
     from peft import PeftModel
     settings,matrices = dict(is_trainable=trainable, torch_device=str(net.device)),_matrices(model)
     try:
-        _check_base(model)
+        check_base(model)
         if isinstance(net, PeftModel): net.load_adapter(model.adapter, name, **settings)
         else: net = PeftModel.from_pretrained(net, model.adapter, name, **settings)
         _check_placed(net, name, matrices)
@@ -189,10 +190,13 @@ def _matrices(model): # names of what the adapter's file holds
     except Exception as e: raise ValueError(f'model {model.name!r}: adapter {model.adapter} cannot be read: {_first_line(e)}') from None
 
 # %% ../nbs/api/03_engines.ipynb #f64c7fe4
-def _check_base(model): # an adapter names its base; where that is here, it can be compared
+def check_base(
+    model:Model, # with an adapter
+)->None:
+    "Refuse an adapter that names another base, where that base is here and can be compared."
     base = json.loads((Path(model.adapter)/'adapter_config.json').read_text()).get('base_model_name_or_path') or ''
     if base == model.path or not (base.startswith('tiny:') or base and Path(base).exists()): return
-    weights = lambda m: sorted(file_hash(f) for f in _loadable(m).glob('*.safetensors'))
+    weights = lambda m: sorted(file_hash(f) for f in local_folder(m).glob('*.safetensors'))
     if weights(Model(model.name, base)) != weights(replace(model, adapter='')): raise ValueError(
         f'it was trained on {base}, which has other weights (its adapter_config.json says so)')
 
@@ -218,7 +222,10 @@ def save_model(
     return folder
 
 # %% ../nbs/api/03_engines.ipynb #efa9f5ae
-def _loadable(model):
+def local_folder(
+    model:Model, # which model
+)->Path: # with safetensors, tokenizer and chat template
+    "The folder that a model is loaded from; a GGUF file is expanded first."
     folder = model_folder(model)
     return _expanded(folder, model.name) if folder.is_file() else folder
 
@@ -253,7 +260,7 @@ def model_window(
     model:Model, # which model
 )->int: # tokens
     "How many tokens a context and its answer may have together."
-    return _window(AutoConfig.from_pretrained(_loadable(model), local_files_only=True, trust_remote_code=False))
+    return _window(AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False))
 
 # %% ../nbs/api/03_engines.ipynb #0d1559b0
 def _window(config): return getattr(config.get_text_config(), 'max_position_embeddings', None) or UNLIMITED
@@ -300,7 +307,11 @@ def _nucleus(p, top_p):
 # %% ../nbs/api/03_engines.ipynb #118f9f77
 def _base_key(model): return fingerprint(replace(model, adapter=''))
 
-def _shares(model): return not model.adapter or all('.lora_' in name for name in _matrices(model))
+def shares_base(
+    model:Model, # with or without an adapter
+)->bool:
+    "Does its adapter leave the weights of the base as they are, so that others can share them?"
+    return not model.adapter or all('.lora_' in name for name in _matrices(model))
 
 # %% ../nbs/api/03_engines.ipynb #b14a1577
 class ChatEngine:
@@ -353,7 +364,7 @@ class ChatEngine:
 
 # %% ../nbs/api/03_engines.ipynb #822fbe32
 def _generation_settings(model):
-    folder = _loadable(model)
+    folder = local_folder(model)
     if (folder/'generation_config.json').exists(): return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
@@ -403,7 +414,7 @@ class TransformersEngine(ChatEngine):
         model:Model, # asked for next
     )->bool: # False if it takes other weights, or an adapter that changes the shared ones
         "Answer as `model` from now on, if it is the same weights under another adapter or none; adapters stay loaded."
-        if _base_key(model) != self._base_key or not (_shares(self.model) and _shares(model)): return False
+        if _base_key(model) != self._base_key or not (shares_base(self.model) and shares_base(model)): return False
         if self._net is not None: self._adapt(model)
         self.model,self.model_key = model,model_key(model)
         return True
@@ -508,7 +519,7 @@ def is_reward_model(
     model:Model, # any model
 )->bool:
     "Does a checkpoint say that it classifies sequences, rather than that it writes them?"
-    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(_loadable(model), local_files_only=True, trust_remote_code=False).architectures or [])
+    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False).architectures or [])
 
 # %% ../nbs/api/03_engines.ipynb #13daf225
 def conversation_ids(
