@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored, trained, tune_dpo, tune_sft, write_rates
+from .methods import (Serving, _build, grade_turns, launching, licensed, lora, make_problems, nothing, sample_debate, scored, serving, trained, tune_dpo, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .rewards import parent_rows, seeded_draw
 from .runs import Artifact, Draft, Run, stage
@@ -77,7 +77,13 @@ class Malt:
     lora_rank:int=0              # 0 trains all weights; paper: LoRA, rank not stated
     checkpoint_every:int=0       # updates between checkpoints of a training; 0 for trainings of seconds
     chunk_answers:int=2048       # answers that a killed run samples again
-    token_budget:int=0           # tokens of a batch; 0 leaves it to the engine
+    token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
+    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
+    tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
+    data_parallel:int=1          # copies of the weights when vLLM answers
+    launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
+    processes:int=1              # of a launched training, one per GPU
+    quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
 
     def __post_init__(self):
         for name in ('votes', 'debaters', 'rounds', 'sft_updates', 'dpo_updates', 'batch_size'):
@@ -214,7 +220,7 @@ _REFINE = ('You are an expert who improves solutions with the help of feedback. 
            'Close with a line "Final answer: " followed by the answer alone.\n\nProblem:\n{question}\n\nSolution:\n{generator}\n\nFeedback:\n{verifier}')
 _CRITIC = 'These are the answers of others to the same problem:\n\n{others}Use them as advice, solve the problem again, and close with a line "Final answer: " followed by the answer alone.'
 
-_WORDS = dict(generator_prompt=_SOLVE, verifier_prompt=_VERIFY, refiner_prompt=_REFINE, critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
+_WORDS = dict(engine='auto', generator_prompt=_SOLVE, verifier_prompt=_VERIFY, refiner_prompt=_REFINE, critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
               temperature=.3, batch_size=8, micro_batch_size=1, lora_rank=16, checkpoint_every=50, chunk_answers=1024)
 MALT = dict(
     smoke=Malt(n_train=16, n_dev=12, n_test=12, n_hard=12, branching=(2, 2, 2), sft_updates=2, dpo_updates=2),
@@ -284,12 +290,12 @@ def first_team(run:Run, s:Malt, seed:int)->Team:
 # %% ../nbs/api/17_malt.ipynb #c967b7b8
 @stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
 def sample_chain(draft:Draft, *, problems:Artifact, split:str, team:Team, branching:tuple, purpose:str, seed:int,
-                 temperature:float, top_p:float, max_tokens:int, chunk_answers:int, token_budget:int):
+                 temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "A chain of roles answers every problem of a split, with `branching` samples under each turn."
-    from mapo.engines import Sampling, TransformersEngine
+    from mapo.engines import Sampling
     from mapo.sampling import Engines, sample_tree
     table = problems.read('problems')
-    with Engines(lambda model: TransformersEngine(model, token_budget=token_budget)) as engines:
+    with Engines(serving.open) as engines:
         said = sample_tree(table[table.split == split], team, branching, engines, Sampling(temperature, top_p, max_tokens), purpose, 1, seed, chunk_answers, draft.map)
     _write(draft, said)
 
@@ -298,7 +304,7 @@ def _write(draft, said): # what a conversation stage leaves
     for name, table in said._asdict().items(): draft.write(name, table)
     draft.log |= dict(tokens_sampled=int(said.turns.completion_tokens.sum()), not_asked=int((~said.cuts['asked'].astype(bool)).sum()))
 
-def _sampling(s, purpose): return dict(temperature=0. if purpose == 'greedy' else s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, token_budget=s.token_budget)
+def _sampling(s, purpose): return dict(temperature=0. if purpose == 'greedy' else s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s))
 
 # %% ../nbs/api/17_malt.ipynb #d35b15de
 @stage(version=1)
@@ -346,9 +352,9 @@ def teach(run:Run, s:Malt, arm:Arm, team:Team, turns:Artifact, scores:tuple, see
 # %% ../nbs/api/17_malt.ipynb #6a7fc31a
 def tune(run:Run, s:Malt, method:str, model:Model, data:Artifact, seed:int)->Artifact:
     "One training of one role; DPO is held to the model that it starts from."
-    settings = dict(batch_size=s.batch_size, micro_batch_size=s.micro_batch_size, lora_rank=s.lora_rank, seed=seed)
-    if method == 'sft': return run.stage(tune_sft, init=model, examples=data, settings=settings | dict(updates=s.sft_updates, learning_rate=s.sft_learning_rate), checkpoint_every=s.checkpoint_every)
-    return run.stage(tune_dpo, init=model, reference=model, pairs=data, settings=settings | dict(updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta), checkpoint_every=s.checkpoint_every)
+    settings = dict(batch_size=s.batch_size, micro_batch_size=s.micro_batch_size, **lora(s), seed=seed)
+    if method == 'sft': return run.stage(tune_sft, init=model, examples=data, settings=settings | dict(updates=s.sft_updates, learning_rate=s.sft_learning_rate), **launching(s))
+    return run.stage(tune_dpo, init=model, reference=model, pairs=data, settings=settings | dict(updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta), **launching(s))
 
 # %% ../nbs/api/17_malt.ipynb #578d26e1
 def answers(run:Run, s:Malt, arm:Arm, team:Team, problems:Artifact, split:str, purpose:str, seed:int)->tuple[Artifact,Artifact]: # turns and grades
@@ -371,14 +377,14 @@ def talk(run:Run, s:Malt, model:Model, how:dict)->Artifact:
 # %% ../nbs/api/17_malt.ipynb #aea42e6c
 @stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
 def tell_refiner(draft:Draft, *, turns:Artifact, problems:Artifact, refiner:Agent, told:str, seed:int,
-                 temperature:float, top_p:float, max_tokens:int, chunk_answers:int, token_budget:int):
+                 temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "The refiner answers again, after other critiques."
-    from mapo.engines import Sampling, TransformersEngine
+    from mapo.engines import Sampling
     from mapo.sampling import Engines, Said, ask_under, sample_rounds
     contexts,before,table = turns.read('contexts'),turns.read('turns'),problems.read('problems')
     before = before[before.role != R].reset_index(drop=True)
     shown = before.assign(text=other_critiques(before, table, told, seed))
-    with Engines(lambda model: TransformersEngine(model, token_budget=token_budget)) as engines:
+    with Engines(serving.open) as engines:
         said = sample_rounds([lambda *_: ask_under(contexts, shown, table, refiner, 2, 1, seed)], engines, Sampling(temperature, top_p, max_tokens), chunk_answers, draft.map)
     _write(draft, Said(pd.concat([contexts, said.contexts]).drop_duplicates('context_id', ignore_index=True), pd.concat([before, said.turns], ignore_index=True), said.cuts))
 

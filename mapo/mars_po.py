@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems, nothing, sample_alone, score_turns, trained,
+from .methods import (build_data, build_reward_data, flip_scores, grade_turns, launching, licensed, lora, make_problems, nothing, sample_alone, score_turns, serving, trained,
                           tune_dpo, tune_reward, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .runs import Artifact, Run
@@ -72,7 +72,13 @@ class MarsPO:
     lora_rank:int=0              # 0 trains all weights; the paper is silent
     checkpoint_every:int=0       # updates between checkpoints of a training; 0 for trainings of seconds
     chunk_answers:int=2048       # answers that a killed run samples again
-    token_budget:int=0           # tokens of a batch; 0 leaves it to the engine
+    token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
+    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
+    tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
+    data_parallel:int=1          # copies of the weights when vLLM answers
+    launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
+    processes:int=1              # of a launched training, one per GPU
+    quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
 
     def __post_init__(self):
         for name, choices in dict(init=('initial', 'previous'), reference=('initial', 'previous'), order=('reward', 'drawn')).items():
@@ -166,11 +172,11 @@ _BOXED = 'Solve the problem step by step, and put the final answer in \\boxed{{}
 MARS_PO = dict(
     smoke=MarsPO(n_train=24, n_dev=16, n_test=16, n_samples=4, n_evaluate=2, iterations=2, updates=3, reward_updates=3),
     tiny=MarsPO(learning_rates=dict(sft_own=3e-4, mars_po_one_iteration=1e-5)),
-    small=MarsPO(agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct', 'Qwen/Qwen2.5-0.5B-Instruct'),
+    small=MarsPO(engine='auto', agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct', 'Qwen/Qwen2.5-0.5B-Instruct'),
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,
                  dtype='bfloat16', source='gsm8k', n_train=2000, n_dev=400, n_test=0, max_tokens=384, micro_batch_size=4, updates=120, learning_rate=1e-6,
                  reward_init='HuggingFaceTB/SmolLM2-360M-Instruct', reward_updates=200, reward_learning_rate=1e-5, checkpoint_every=40, chunk_answers=1024),
-    paper=MarsPO(agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
+    paper=MarsPO(engine='auto', agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
                  same_agents=('meta-llama/Llama-3.1-8B-Instruct',)*3, prompt=_BOXED, dtype='bfloat16', source='gsm8k+math', n_train=0, n_dev=500, n_test=0,
                  max_tokens=1536, micro_batch_size=1, updates=400, learning_rate=7e-7, reward_model='Qwen/Qwen2.5-Math-RM-72B', checkpoint_every=50, chunk_answers=1024))
 
@@ -226,7 +232,7 @@ def answers(run:Run, s:MarsPO, team:Team, problems:Artifact, purpose:str, iterat
     n = dict(train=s.n_samples, evaluate=s.n_evaluate, greedy=1)[purpose]
     turns = run.stage(sample_alone, problems=problems, split=split, team=team, n=n, purpose=purpose, iteration=iteration, seed=seed,
                       temperature=0. if purpose == 'greedy' else s.temperature, top_p=s.top_p, max_tokens=s.max_tokens,
-                      chunk_answers=s.chunk_answers, token_budget=s.token_budget)
+                      chunk_answers=s.chunk_answers, serving=serving(s))
     return turns, run.stage(grade_turns, turns=turns, problems=problems)
 
 # %% ../nbs/api/15_mars_po.ipynb #af072828
@@ -237,7 +243,7 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
     data = run.stage(build_reward_data, turns=turns, scores=_graded(run, s, graded, seed), problems=problems, selection=selection)
     if why := nothing(data): raise ValueError(f'mars_po: {why}')
     settings = _batch(s) | dict(updates=s.reward_updates, learning_rate=s.reward_learning_rate, seed=seed)
-    training = run.stage(tune_reward, init=licensed('reward', s.reward_init), pairs=data, settings=settings, checkpoint_every=s.checkpoint_every)
+    training = run.stage(tune_reward, init=licensed('reward', s.reward_init), pairs=data, settings=settings, **launching(s))
     return dict(model=trained(licensed('reward', s.reward_init), training), training=training)
 
 # %% ../nbs/api/15_mars_po.ipynb #1b44d5e4
@@ -249,7 +255,7 @@ def _graded(run, s, graded, seed): # the grades that the method may see
 def credit(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Artifact, ranker:dict|None, seed:int)->tuple:
     "All scores that the selection needs, as artifacts."
     scores = _graded(run, s, graded, seed)
-    return (*scores, run.stage(score_turns, turns=turns, problems=problems, model=ranker['model'], token_budget=s.token_budget)) if ranker else scores
+    return (*scores, run.stage(score_turns, turns=turns, problems=problems, model=ranker['model'], serving=serving(s))) if ranker else scores
 
 # %% ../nbs/api/15_mars_po.ipynb #685f232e
 def choose(run:Run, s:MarsPO, arm:Arm, team:Team, turns:Artifact, scores:tuple, seed:int)->dict[str,Artifact]:
@@ -263,10 +269,10 @@ def choose(run:Run, s:MarsPO, arm:Arm, team:Team, turns:Artifact, scores:tuple, 
 def tune(run:Run, s:MarsPO, arm:Arm, agent:Agent, initial:Model, data:Artifact, iteration:int, seed:int)->Artifact:
     "Train one agent on what was chosen for it."
     start,held = (initial if which == 'initial' else agent.model for which in (s.init, s.reference))
-    settings = _batch(s) | dict(updates=s.updates, learning_rate=s.learning_rate, lora_rank=s.lora_rank, seed=seed)
-    if not arm.pairs: return run.stage(tune_sft, init=start, examples=data, settings=settings, checkpoint_every=s.checkpoint_every)
+    settings = _batch(s) | dict(updates=s.updates, learning_rate=s.learning_rate, **lora(s), seed=seed)
+    if not arm.pairs: return run.stage(tune_sft, init=start, examples=data, settings=settings, **launching(s))
     settings |= dict(beta=s.beta, alpha=s.alpha(iteration))
-    return run.stage(tune_dpo, init=start, reference=held, pairs=data, settings=settings, checkpoint_every=s.checkpoint_every)
+    return run.stage(tune_dpo, init=start, reference=held, pairs=data, settings=settings, **launching(s))
 
 # %% ../nbs/api/15_mars_po.ipynb #1d9cf3f7
 def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteration:int, seed:int)->dict: # purpose -> (turns, grades)
@@ -317,7 +323,7 @@ def reward_scores(
     for (arm, seed), steps in done.items():
         ranker = steps[0].get('ranker')
         if ranker and ranker['model'] not in [done[k][0]['ranker']['model'] for k in first]:
-            first[arm, seed] = run.stage(score_turns, turns=_first_answers(done, arm, seed)[0], problems=steps[0]['problems'], model=ranker['model'], token_budget=s.token_budget)
+            first[arm, seed] = run.stage(score_turns, turns=_first_answers(done, arm, seed)[0], problems=steps[0]['problems'], model=ranker['model'], serving=serving(s))
     return first
 
 def _first_answers(done, arm, seed): # of the arm's team before training: turns and grades

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from .agents import Agent, Model, Role, Team
-from .methods import grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate, trained, tune_dpo, tune_sft, vote_turns, write_rates
+from .methods import (Serving, grade_turns, launching, licensed, lora, make_problems, nothing, sample_alone, sample_debate, serving, trained, tune_dpo, tune_sft, vote_turns,
+                          write_rates)
 from .runs import Artifact, Draft, Run, stage
 from .tiny import QUOTE, ROLES
 
@@ -77,7 +78,13 @@ class MultiagentFT:
     n_diversity:int=32           # evaluated problems on which diversity is measured; ours
     checkpoint_every:int=0       # updates between checkpoints of a training; 0 for trainings of seconds
     chunk_answers:int=2048       # answers that a killed run samples again
-    token_budget:int=0           # tokens of a batch; 0 leaves it to the engine
+    token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
+    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
+    tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
+    data_parallel:int=1          # copies of the weights when vLLM answers
+    launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
+    processes:int=1              # of a launched training, one per GPU
+    quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
 
     def __post_init__(self):
         if self.init not in ('initial', 'previous'): raise ValueError(f"multiagent_ft: init must be 'initial' or 'previous', not {self.init!r}")
@@ -175,7 +182,7 @@ def chosen_arms(
     return [a for n, a in ARMS.items() if n in names or n in ('base', 'majority', 'debate')]
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #96d4abc8
-_WORDS = dict(
+_WORDS = dict(engine='auto',
     prompt='{question}\n\nReason step by step, briefly, and end with the final answer in \\boxed{{}}.',
     critic_prompt='This is how others answered:\n\n{others}Take what helps from their reasoning, solve the problem again step by step, and end with the final answer in \\boxed{{}}.',
     reader_prompt='This is a summary of how others answered:\n\n{summary}\n\nTake what helps from it, solve the problem again step by step, and end with the final answer in \\boxed{{}}.',
@@ -240,7 +247,7 @@ def multiagent_ft(
 def talk(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, purpose:str, iteration:int, seed:int, rounds:int)->Artifact:
     "A debate about every problem of a split."
     return run.stage(sample_debate, problems=problems, split=split, generators=team.generators, critics=team.critics, summarizer=team.summarizer if rounds > 1 else None, rounds=rounds,
-                     purpose=purpose, iteration=iteration, seed=seed, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, token_budget=s.token_budget)
+                     purpose=purpose, iteration=iteration, seed=seed, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s))
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #c4358220
 def credit(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, said:Artifact, problems:Artifact, iteration:int, seed:int)->tuple:
@@ -248,7 +255,7 @@ def credit(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, said:Artifact, probl
     scores = (run.stage(vote_turns, turns=said, problems=problems, seed=seed),)
     if arm.score == 'correct': scores += (run.stage(grade_turns, turns=said, problems=problems),)
     if arm.pairs == 'preferred': scores += (run.stage(judge_pairs, turns=said, answers=scores[0], problems=problems, critics=judges(s, team), seed=seed, temperature=s.temperature,
-                                                     top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, token_budget=s.token_budget),)
+                                                     top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s)),)
     return scores
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #ca233064
@@ -319,11 +326,11 @@ def tune(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, name:str, data:Artifac
     "Train one model."
     agent = name if arm.models == 'each' else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
     start = licensed('base', s.model, s.dtype) if s.init == 'initial' else team.agents[agent].model
-    settings = dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, batch_size=s.batch_size, warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, lora_rank=s.lora_rank,
+    settings = dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, batch_size=s.batch_size, warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, **lora(s),
                     seed=seed) | (dict(micro_batch_size=s.micro_batch_size) if s.micro_batch_size else {})
     if arm.pairs and name.startswith('gen'):
-        return run.stage(tune_dpo, init=start, reference=start, pairs=data, settings=settings | dict(beta=s.beta), checkpoint_every=s.checkpoint_every)
-    return run.stage(tune_sft, init=start, examples=data, settings=settings, checkpoint_every=s.checkpoint_every)
+        return run.stage(tune_dpo, init=start, reference=start, pairs=data, settings=settings | dict(beta=s.beta), **launching(s))
+    return run.stage(tune_sft, init=start, examples=data, settings=settings, **launching(s))
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #57cc455d
 def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, iteration:int, seed:int)->dict: # 'said', its grades and votes; 'greedy' first answers and their grades; 'team'
@@ -331,7 +338,7 @@ def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str
     if s.one_generator: team = team.with_models({a.name: team.generators.agents[0].model for a in team.generators})
     said = talk(run, s, team, problems, split, 'evaluate', iteration, seed, s.rounds)
     greedy = run.stage(sample_alone, problems=problems, split=split, team=team.generators, n=1, purpose='greedy', iteration=iteration, seed=seed, temperature=0., top_p=s.top_p,
-                       max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, token_budget=s.token_budget)
+                       max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s))
     return dict(team=team, said=said, graded=run.stage(grade_turns, turns=said, problems=problems), voted=run.stage(vote_turns, turns=said, problems=problems, seed=seed),
                 greedy=greedy, greedy_graded=run.stage(grade_turns, turns=greedy, problems=problems))
 
@@ -364,15 +371,15 @@ def preferences(
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #8cf3385a
 @stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
-def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artifact, critics:Team, seed:int, temperature:float, top_p:float, max_tokens:int, chunk_answers:int, token_budget:int):
+def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artifact, critics:Team, seed:int, temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "Let critics compare first answers that differ, in both orders. No gold answer is read."
-    from mapo.engines import Sampling, TransformersEngine
+    from mapo.engines import Sampling
     from mapo.rewards import canonical_answers, read_answers, score_rows, with_scores
     from mapo.sampling import Engines, ask_judges, sample_rounds
     table = problems.read('problems').drop(columns=['answer', 'solution'])
     asked = disputes(_spoken(turns, (answers,), 'answer'), table)
     ask = lambda *_: ask_judges(turns.read('contexts'), turns.read('turns'), asked, table, critics, seed)
-    with Engines(lambda model: TransformersEngine(model, token_budget=token_budget)) as engines:
+    with Engines(serving.open) as engines:
         contexts,said,cuts = sample_rounds([ask], engines, Sampling(temperature, top_p, max_tokens), chunk_answers, draft.map)
     said = with_scores(said, read_answers(said, table), 'answer') if len(said) else said.assign(answer=None)
     found = asked.merge(pd.DataFrame(dict(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1], said=canonical_answers(said, table))), on=['first', 'second'])
