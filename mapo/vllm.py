@@ -19,7 +19,7 @@ from transformers import AutoConfig
 import mapo
 from .agents import Model, fingerprint, model_key
 from .engines import ChatEngine, Sampling, check_base, conversation_ids, load_tokenizer, local_folder, model_window, shares_base
-from .runs import accelerator, vllm_version, visible_gpus
+from .runs import accelerator, visible_gpus, vllm_version
 
 # %% ../nbs/api/13_vllm.ipynb #c282adf5
 def _needed()->str: # the version, or a sentence
@@ -41,8 +41,9 @@ def check_parallel(
         if n < 1: raise ValueError(f'{what} must be at least 1, not {n}')
     if heads % tensor_parallel: raise ValueError(f"model {name!r} has {heads} attention heads, which tensor_parallel={tensor_parallel} does not divide: "
                                                  f"{_alternatives([p for p in range(1, min(heads, max(gpus, 8))+1) if heads % p == 0])} would")
-    if gpus and tensor_parallel*data_parallel > gpus: raise ValueError(
-        f'tensor_parallel={tensor_parallel} times data_parallel={data_parallel} takes {tensor_parallel*data_parallel} GPUs, but {gpus} can be seen: data_parallel={gpus//tensor_parallel or 1} would fit')
+    if gpus and tensor_parallel*data_parallel > gpus:
+        fits = f'data_parallel={gpus//tensor_parallel}' if gpus >= tensor_parallel else f'tensor_parallel={max(p for p in range(1, gpus+1) if heads % p == 0)}, data_parallel=1'
+        raise ValueError(f'tensor_parallel={tensor_parallel} times data_parallel={data_parallel} takes {tensor_parallel*data_parallel} GPUs, but {gpus} can be seen: {fits} would fit')
 
 def _alternatives(numbers): return ' or '.join(filter(None, [', '.join(map(str, numbers[:-1])), str(numbers[-1])]))
 
@@ -243,10 +244,10 @@ class Served:
 # %% ../nbs/api/13_vllm.ipynb #e8637249
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512) # of adapters, that vLLM has room for
 
-def _llm_settings(model, tensor_parallel, memory, cache_gb, window, **more):
+def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, window, **more):
     cpu = _needed().endswith('(cpu)')
     config = AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False).get_text_config()
-    check_parallel(model.name, config.num_attention_heads, tensor_parallel, 1, 0)
+    check_parallel(model.name, config.num_attention_heads, tensor_parallel, data_parallel, len(visible_gpus()))
     settings = dict(model=str(local_folder(model)), dtype=model.dtype, skip_tokenizer_init=True, generation_config='vllm', max_model_len=window, tensor_parallel_size=tensor_parallel,
                     enable_prefix_caching=True, gpu_memory_utilization=memory, trust_remote_code=False) | more
     if cache_gb or cpu: settings['kv_cache_memory_bytes'] = int((cache_gb or 1)*1e9)
@@ -269,8 +270,7 @@ class VLLMEngine(ChatEngine):
         if window: self.window = window
         self.seeded,self.rank,self._adapters = seeded,_rank(model),{}
         lora = dict(enable_lora=True, max_lora_rank=self.rank, max_loras=1, max_cpu_loras=16) if self.rank else {}
-        settings = _llm_settings(model, tensor_parallel, memory, cache_gb, self.window, **lora)
-        check_parallel(model.name, tensor_parallel, tensor_parallel, data_parallel, len(visible_gpus()))
+        settings = _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, **lora)
         self._served = Served(model, settings, data_parallel, tensor_parallel)
 
     def generate(self, requests, sampling=Sampling()):
@@ -323,8 +323,7 @@ class VLLMScorer:
         self.model,self.model_key,self.window = model,model_key(model),window or model_window(model)
         config = AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False)
         self.task = 'token_classify' if 'RewardModel' in (config.architectures or [''])[0] else 'classify'
-        check_parallel(model.name, tensor_parallel, tensor_parallel, data_parallel, len(visible_gpus()))
-        self._served = Served(model, _llm_settings(model, tensor_parallel, memory, cache_gb, self.window, runner='pooling'), data_parallel, tensor_parallel)
+        self._served = Served(model, _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, runner='pooling'), data_parallel, tensor_parallel)
 
     def score(self, conversations):
         "A number for each conversation, in order; higher is better."
