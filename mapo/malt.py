@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, _build, grade_turns, launching, licensed, lora, make_problems, nothing, sample_debate, scored, serving, trained, tune_dpo, tune_sft, write_rates)
+from .methods import (Serving, _build, grade_turns, frugal, launching, licensed, make_problems, nothing, sample_debate, scored, serving, trained, tune_dpo, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .rewards import parent_rows, seeded_draw
 from .runs import Artifact, Draft, Run, stage
@@ -84,6 +84,7 @@ class Malt:
     launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
     processes:int=1              # of a launched training, one per GPU
     quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
+    gradient_checkpointing:bool=False # recompute activations while training: a third more time, much less memory
 
     def __post_init__(self):
         for name in ('votes', 'debaters', 'rounds', 'sft_updates', 'dpo_updates', 'batch_size'):
@@ -226,8 +227,8 @@ MALT = dict(
     smoke=Malt(n_train=16, n_dev=12, n_test=12, n_hard=12, branching=(2, 2, 2), sft_updates=2, dpo_updates=2),
     tiny=Malt(),
     small=Malt(**dict.fromkeys(ROLES, 'HuggingFaceTB/SmolLM2-360M-Instruct'), **_WORDS | dict(temperature=1.), n_train=500, n_dev=300, max_tokens=320, sft_updates=200, dpo_updates=200, sft_learning_rate=1e-4, dpo_learning_rate=1e-5),
-    paper=Malt(**dict.fromkeys(ROLES, 'meta-llama/Llama-3.1-8B-Instruct'), **_WORDS, n_train=0, n_dev=500, max_tokens=1024, sft_updates=1500, dpo_updates=1500, sft_learning_rate=1e-5, dpo_learning_rate=1e-6),
-    paper_qwen=Malt(**dict.fromkeys(ROLES, 'Qwen/Qwen2.5-1.5B'), **_WORDS, generator_dpo=True, n_train=0, n_dev=500, max_tokens=1024, sft_updates=1500, dpo_updates=1500, sft_learning_rate=1e-5, dpo_learning_rate=1e-6))
+    paper=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'meta-llama/Llama-3.1-8B-Instruct'), **_WORDS, n_train=0, n_dev=500, max_tokens=1024, sft_updates=1500, dpo_updates=1500, sft_learning_rate=1e-5, dpo_learning_rate=1e-6),
+    paper_qwen=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'Qwen/Qwen2.5-1.5B'), **_WORDS, generator_dpo=True, n_train=0, n_dev=500, max_tokens=1024, sft_updates=1500, dpo_updates=1500, sft_learning_rate=1e-5, dpo_learning_rate=1e-6))
 
 # %% ../nbs/api/17_malt.ipynb #c8248e87
 def malt_settings(
@@ -352,7 +353,7 @@ def teach(run:Run, s:Malt, arm:Arm, team:Team, turns:Artifact, scores:tuple, see
 # %% ../nbs/api/17_malt.ipynb #6a7fc31a
 def tune(run:Run, s:Malt, method:str, model:Model, data:Artifact, seed:int)->Artifact:
     "One training of one role; DPO is held to the model that it starts from."
-    settings = dict(batch_size=s.batch_size, micro_batch_size=s.micro_batch_size, **lora(s), seed=seed)
+    settings = dict(batch_size=s.batch_size, micro_batch_size=s.micro_batch_size, **frugal(s), seed=seed)
     if method == 'sft': return run.stage(tune_sft, init=model, examples=data, settings=settings | dict(updates=s.sft_updates, learning_rate=s.sft_learning_rate), **launching(s))
     return run.stage(tune_dpo, init=model, reference=model, pairs=data, settings=settings | dict(updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta), **launching(s))
 

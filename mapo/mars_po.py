@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (build_data, build_reward_data, flip_scores, grade_turns, launching, licensed, lora, make_problems, nothing, sample_alone, score_turns, serving, trained,
+from .methods import (build_data, build_reward_data, flip_scores, frugal, grade_turns, launching, licensed, make_problems, nothing, sample_alone, score_turns, serving, trained,
                           tune_dpo, tune_reward, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .runs import Artifact, Run
@@ -79,6 +79,7 @@ class MarsPO:
     launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
     processes:int=1              # of a launched training, one per GPU
     quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
+    gradient_checkpointing:bool=False # recompute activations while training: a third more time, much less memory
 
     def __post_init__(self):
         for name, choices in dict(init=('initial', 'previous'), reference=('initial', 'previous'), order=('reward', 'drawn')).items():
@@ -176,7 +177,7 @@ MARS_PO = dict(
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,
                  dtype='bfloat16', source='gsm8k', n_train=2000, n_dev=400, n_test=0, max_tokens=384, micro_batch_size=4, updates=120, learning_rate=1e-6,
                  reward_init='HuggingFaceTB/SmolLM2-360M-Instruct', reward_updates=200, reward_learning_rate=1e-5, checkpoint_every=40, chunk_answers=1024),
-    paper=MarsPO(engine='auto', agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
+    paper=MarsPO(engine='auto', gradient_checkpointing=True, agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
                  same_agents=('meta-llama/Llama-3.1-8B-Instruct',)*3, prompt=_BOXED, dtype='bfloat16', source='gsm8k+math', n_train=0, n_dev=500, n_test=0,
                  max_tokens=1536, micro_batch_size=1, updates=400, learning_rate=7e-7, reward_model='Qwen/Qwen2.5-Math-RM-72B', checkpoint_every=50, chunk_answers=1024))
 
@@ -269,7 +270,7 @@ def choose(run:Run, s:MarsPO, arm:Arm, team:Team, turns:Artifact, scores:tuple, 
 def tune(run:Run, s:MarsPO, arm:Arm, agent:Agent, initial:Model, data:Artifact, iteration:int, seed:int)->Artifact:
     "Train one agent on what was chosen for it."
     start,held = (initial if which == 'initial' else agent.model for which in (s.init, s.reference))
-    settings = _batch(s) | dict(updates=s.updates, learning_rate=s.learning_rate, **lora(s), seed=seed)
+    settings = _batch(s) | dict(updates=s.updates, learning_rate=s.learning_rate, **frugal(s), seed=seed)
     if not arm.pairs: return run.stage(tune_sft, init=start, examples=data, settings=settings, **launching(s))
     settings |= dict(beta=s.beta, alpha=s.alpha(iteration))
     return run.stage(tune_dpo, init=start, reference=held, pairs=data, settings=settings, **launching(s))

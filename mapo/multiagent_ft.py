@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, grade_turns, launching, licensed, lora, make_problems, nothing, sample_alone, sample_debate, serving, trained, tune_dpo, tune_sft, vote_turns,
+from .methods import (Serving, grade_turns, frugal, launching, licensed, make_problems, nothing, sample_alone, sample_debate, serving, trained, tune_dpo, tune_sft, vote_turns,
                           write_rates)
 from .runs import Artifact, Draft, Run, stage
 from .tiny import QUOTE, ROLES
@@ -85,6 +85,7 @@ class MultiagentFT:
     launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
     processes:int=1              # of a launched training, one per GPU
     quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
+    gradient_checkpointing:bool=False # recompute activations while training: a third more time, much less memory
 
     def __post_init__(self):
         if self.init not in ('initial', 'previous'): raise ValueError(f"multiagent_ft: init must be 'initial' or 'previous', not {self.init!r}")
@@ -192,7 +193,7 @@ _WORDS = dict(engine='auto',
     quote='One answer:\n```\n{answer}\n```\n\n',
     unique_ids='You are {kind}{seat}, one of several who work on this problem.\n\n')
 
-_PAPER = MultiagentFT(**_WORDS | dict(unique_ids=''), model='microsoft/Phi-3-mini-128k-instruct', dtype='bfloat16', source='math:1-3', n_train=500, n_dev=200, n_test=500, transfer='gsm8k', n_transfer=1000,
+_PAPER = MultiagentFT(**_WORDS | dict(unique_ids='', gradient_checkpointing=True), model='microsoft/Phi-3-mini-128k-instruct', dtype='bfloat16', source='math:1-3', n_train=500, n_dev=200, n_test=500, transfer='gsm8k', n_transfer=1000,
     iterations=5, top_p=.9, max_tokens=2048, updates=0, epochs=2., batch_size=192, micro_batch_size=3, learning_rate=1e-5, warmup=.03, schedule='cosine', n_diversity=100,
     checkpoint_every=50, chunk_answers=512)
 
@@ -326,7 +327,7 @@ def tune(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, name:str, data:Artifac
     "Train one model."
     agent = name if arm.models == 'each' else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
     start = licensed('base', s.model, s.dtype) if s.init == 'initial' else team.agents[agent].model
-    settings = dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, batch_size=s.batch_size, warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, **lora(s),
+    settings = dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, batch_size=s.batch_size, warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, **frugal(s),
                     seed=seed) | (dict(micro_batch_size=s.micro_batch_size) if s.micro_batch_size else {})
     if arm.pairs and name.startswith('gen'):
         return run.stage(tune_dpo, init=start, reference=start, pairs=data, settings=settings | dict(beta=s.beta), **launching(s))
