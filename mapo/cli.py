@@ -101,9 +101,11 @@ def _run(args):
 
 # %% ../nbs/api/19_cli.ipynb #abfdd32a
 def _plan(args):
-    if args.experiment != 'mars_po': raise ValueError(f"{notebook(args.experiment).stem} cannot be planned: only mars_po can")
-    from mapo.plan import plan_mars_po
-    print(plan_mars_po(**{k: v for k, v in checked(args.experiment, _given(args)).items() if k != 'record'}))
+    from mapo.plan import PAPERS, plan_paper
+    if notebook(args.experiment).stem not in PAPERS: raise ValueError(f"{args.experiment} cannot be planned: {', '.join(PAPERS)} can")
+    if len(args.machine) > 1: raise ValueError(f"--machine names one machine, not {' and '.join(args.machine)}: plan each by itself")
+    values = checked(args.experiment, _given(args))
+    print(plan_paper(args.experiment, on=args.machine[0] if args.machine else None, answer_tokens=args.answer_tokens, prompt_tokens=args.prompt_tokens, **{k: v for k, v in values.items() if k != 'record'}))
 
 # %% ../nbs/api/19_cli.ipynb #9ca1cc0a
 def _runs(args): print(runs().to_string(index=False) if len(runs()) else f'no runs in {runs_root()}')
@@ -166,7 +168,7 @@ def _quiet(): # papermill warns about types and logs through the root
 # %% ../nbs/api/19_cli.ipynb #7303f56c
 def _experiment(command, do): # what `run` and `plan` are told
     command.add_argument('experiment', help='one of: '+', '.join(notebooks()))
-    command.add_argument('--preset', help='the size: smoke, tiny, small or paper')
+    command.add_argument('--preset', help='the size: smoke, tiny, small, paper or a variant of it')
     command.add_argument('--arms', help="'core', 'all', or names joined by commas")
     command.add_argument('--split', help="'dev' while settings are chosen, 'test' once they are frozen")
     command.add_argument('--seeds', nargs='+', type=int, help='e.g. 0 1 2')
@@ -178,8 +180,11 @@ def _parser():
     parser = argparse.ArgumentParser('mapo', description='Multi-agent preference optimization: run the experiments.')
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('run', help='run an experiment', description='Run an experiment; what is finished already is not done again.')
-    plan = commands.add_parser('plan', help='what an experiment would take', description='Print what an experiment would sample, train and hold in memory, and start nothing.')
+    plan = commands.add_parser('plan', help='what an experiment would take', description='Print what an experiment (mars_po, multiagent_ft or malt) would sample, train and hold in memory, and start nothing.')
     for command, do in ((run, _run), (plan, _plan)): _experiment(command, do)
+    plan.add_argument('--machine', action='append', default=[], metavar='8xH100-80', help="also GPUs, memory, time and disk of every stage there; refuses what cannot fit; 'here' measures this machine's processor")
+    plan.add_argument('--answer-tokens', type=int, default=0, metavar='N', help='tokens of an answer on average; without it every answer takes all it may')
+    plan.add_argument('--prompt-tokens', type=int, default=0, metavar='N', help='tokens of a question with its template; without it 256 (benchmarks), 96 (arithmetic in words) or 32 (tiny)')
     run.add_argument('--fresh', nargs='+', default=[], metavar='STAGE', help='stages to make again although they are finished')
     publish = commands.add_parser('publish', help='make a run the published one: its record, figures, tables and notebook')
     publish.add_argument('run', help='id of the run, as `mapo runs` lists it')

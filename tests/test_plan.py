@@ -1,32 +1,48 @@
 "A plan counts what a run does, knows models without loading them, and starts nothing."
 import json
+import re
 import sys
 from collections import Counter
+from dataclasses import fields, replace
 
+import pandas as pd
 import pytest
 
 from conftest import REPO, command
 from mapo.agents import CHECKPOINTS, Model
-from mapo.mars_po import MARS_PO, all_arms, mars_po_settings, reward_scores
+from mapo.malt import MALT
+from mapo.mars_po import MARS_PO
 from mapo.methods import LICENCES
-from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, MAX_LENGTH, Sizes, count_parameters, licence_lines, lora_parameters, plan_mars_po, sampling_table, sizes,
-                       teachers, totals, training_memory)
+from mapo.multiagent_ft import MULTIAGENT_FT
+from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, GPUS, KL_BUDGET, MAX_LENGTH, NLL_BUDGET, PAPERS, USABLE, Answering, Learning, Machine, Reading, Sizes, check_fit,
+                       count_parameters, fits, here, kept_bytes, licence_lines, lora_parameters, machine, machine_table, machine_totals, plan_paper, sampling_table,
+                       shortages, sizes, teachers, totals, training_memory)
 from mapo.runs import Run
 
-ARMS = 'sft_own,mars_po_flipped' # stages that both ask for, examples and pairs, flipped labels, reward models that are trained
+ARMS = dict(
+    mars_po='sft_own,mars_po_flipped', # stages that both ask for, examples and pairs, flipped labels, reward models that are trained
+    multiagent_ft='debate_dpo', # summaries, critics' lessons, judged pairs, likelihoods and divergences
+    malt='malt_shuffled,debate') # trees, SFT and DPO, chains, critiques of other problems, a debate
+PRESETS = [(name, preset) for name, presets in dict(mars_po=MARS_PO, multiagent_ft=MULTIAGENT_FT, malt=MALT).items() for preset in presets]
+
+
+def real(name, folder, **settings):
+    "A real run of the smallest preset, and the plan of the same."
+    run = Run(name, dict(preset='smoke', arms=ARMS[name]), root=folder)
+    make, ask = PAPERS[name]
+    ask(run, make('smoke', **settings), ARMS[name], [0], 'dev')
+    return run, plan_paper(name, 'smoke', ARMS[name], **settings)
 
 
 @pytest.fixture(scope='module')
-def ran(tmp_path_factory):
-    "A real run of the smallest preset, and the plan of the same."
-    folder = tmp_path_factory.mktemp('plan')
-    run = Run('mars_po', dict(preset='smoke', arms=ARMS), root=folder)
-    settings = mars_po_settings('smoke', checkpoint_every=2)
-    reward_scores(run, settings, all_arms(run, settings, ARMS, [0], 'dev'))
-    return run, plan_mars_po('smoke', ARMS, checkpoint_every=2)
+def ran(tmp_path_factory): return real('mars_po', tmp_path_factory.mktemp('plan'), checkpoint_every=2)
 
 
-def artifacts(run, kind): return [p for p in sorted(run.artifacts.glob(f'{kind}_*')) if p.is_dir()]
+@pytest.fixture(scope='module', params=['multiagent_ft', 'malt'])
+def talked(request, tmp_path_factory): return real(request.param, tmp_path_factory.mktemp(request.param), **dict(multiagent_ft=dict(transfer='')).get(request.param, {}))
+
+
+def artifacts(run, kind): return [p for p in sorted(run.artifacts.glob(f'{kind}*')) if p.is_dir()]
 
 
 def test_stages_are_those_of_a_run(ran):
@@ -35,27 +51,67 @@ def test_stages_are_those_of_a_run(ran):
     assert Counter(p.name.rsplit('-', 1)[0] for p in run.artifacts.iterdir() if p.is_dir()) == Counter(p.stage for p in plan.planned.values())
 
 
+@pytest.mark.parametrize('name', PAPERS)
+def test_stages_are_those_of_the_experiment(name, monkeypatch):
+    "A plan asks for what the experiment asks for, up to its record."
+    import importlib
+    module = importlib.import_module(f'mapo.{name}')
+    for ends in ('write_record', 'judge_rewards'):
+        if hasattr(module, ends): monkeypatch.setattr(module, ends, lambda *_: None)
+    plan = plan_paper(name, 'smoke', 'all', seeds=[0, 1])
+    run = type(plan)('the same', plan.prompt_tokens)
+    getattr(module, f'{name}_experiment')(run, PAPERS[name][0]('smoke'), 'all', [0, 1], 'dev')
+    assert {plan.planned[p].stage for p in plan.planned.keys() - run.planned.keys()} <= {'prompt_tokens'} # which the record of MALT asks for
+    assert run.asked == {key: n for key, n in plan.asked.items() if key in run.asked}
+
+
+def test_conversations_are_those_of_a_run(talked):
+    run, plan = talked
+    made, planned = Counter(s['stage'] for s in run.stages), sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
+    assert {k: n for k, n in made.items() if not k.startswith('tune')} == {k: n for k, n in planned.items() if not k.startswith('tune')}
+    table = plan.table.query("kind == 'sample'")
+    for stage in ('sample_alone', 'sample_debate', 'sample_chain'):
+        found = [pd.read_parquet(p/'turns.parquet') for p in artifacts(run, f'{stage}-')]
+        said = table[table.stage == stage]
+        assert sum(map(len, found)) == said.answers.sum()
+        assert sum(t.completion_tokens.sum() for t in found) <= said.tokens.sum()
+        assert sum(t.prompt_tokens.sum() for t in found) <= said.prompts.sum()
+    for stage in ('judge_pairs', 'tell_refiner'): # at most
+        found = [pd.read_parquet(p/'turns.parquet') for p in artifacts(run, f'{stage}-')]
+        said = table[table.stage == stage]
+        assert sum(len(t[t['round'] == t['round'].max()]) for t in found if len(t)) <= said.answers.sum()
+        assert sum(t[t['round'] == t['round'].max()].prompt_tokens.sum() for t in found if len(t)) <= said.prompts.sum()
+
+
+def test_lessons_are_those_of_a_run(talked):
+    run, plan = talked
+    logs = [json.loads((p/'log.json').read_text()) for p in artifacts(run, 'tune_')]
+    planned = plan.table.query("kind == 'tune'")
+    assert planned.updates.sum() >= sum(l['updates'] for l in logs) > 0 # a model that finds nothing to learn is not trained
+    assert len(planned) >= len(logs)
+    assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
+
+
 def test_answers_are_those_of_a_run(ran):
-    import pandas as pd
     run, plan = ran
-    turns = pd.concat([pd.read_parquet(p/'turns.parquet') for p in artifacts(run, 'sample')])
+    turns = pd.concat([pd.read_parquet(p/'turns.parquet') for p in artifacts(run, 'sample_')])
     found = turns.groupby(['purpose', 'iteration']).size()
     planned = sampling_table(plan)
     assert found.to_dict() == planned.set_index(['purpose', 'iteration']).answers.to_dict()
     assert planned.requests.sum() == turns.groupby(['purpose', 'iteration', 'context_id', 'model_key', 'agent', 'split']).ngroups
     assert turns.completion_tokens.sum() <= planned.tokens.sum()
     assert turns.prompt_tokens.max() <= plan.prompt_tokens
-    scores = [pd.read_parquet(p/'scores.parquet') for p in artifacts(run, 'score')]
+    scores = [pd.read_parquet(p/'scores.parquet') for p in artifacts(run, 'score_')]
     assert plan.table[plan.table.stage == 'score_turns'].answers.sum() == sum(map(len, scores))
 
 
 def test_trainings_are_those_of_a_run(ran):
     run, plan = ran
-    logs = [json.loads((p/'log.json').read_text()) | dict(stage=p.name.split('-')[0]) for p in artifacts(run, 'tune')]
+    logs = [json.loads((p/'log.json').read_text()) | dict(stage=p.name.split('-')[0]) for p in artifacts(run, 'tune_')]
     planned = plan.table[plan.table.stage.str.startswith('tune')]
     assert planned.groupby('stage').updates.sum().to_dict() == {kind: sum(l['updates'] for l in logs if l['stage'] == kind) for kind in {l['stage'] for l in logs}}
     assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
-    stored = sum((p/'model'/'model.safetensors').stat().st_size for p in artifacts(run, 'tune'))
+    stored = sum((p/'model'/'model.safetensors').stat().st_size for p in artifacts(run, 'tune_'))
     assert planned.disk.sum() <= stored < 1.02*planned.disk.sum() # headers, and the head of a reward model
     assert (planned.resume == 3*planned.disk).all()
 
@@ -70,13 +126,19 @@ def test_parameters_are_those_in_the_file(name):
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.split('/')[-1])
 def test_parameters_are_those_that_transformers_makes(path):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
-    config = {k: v for k, v in CONFIGS[path].items() if k not in ('model_type', 'architectures')}
-    reward = 'architectures' in CONFIGS[path]
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    reward, kind = 'architectures' in CONFIGS[path], CONFIGS[path]['model_type']
+    config = AutoConfig.for_model(kind, **{k: v for k, v in CONFIGS[path].items() if k not in ('model_type', 'architectures')})
     with torch.device('meta'):
-        net = LlamaForCausalLM(LlamaConfig(**config)) if CONFIGS[path]['model_type'] == 'llama' else (Qwen2Model if reward else Qwen2ForCausalLM)(Qwen2Config(**config))
+        net = (AutoModel if reward else AutoModelForCausalLM).from_config(config)
         head = [torch.nn.Linear(8192, 8192), torch.nn.Linear(8192, 1)] if reward else []
     assert sum(p.numel() for part in (net, *head) for p in part.parameters()) == count_parameters(CONFIGS[path])
+
+
+@pytest.mark.parametrize('path, billions', [('microsoft/Phi-3-mini-128k-instruct', 3.82), ('mistralai/Mistral-7B-Instruct-v0.2', 7.24), ('meta-llama/Meta-Llama-3-8B', 8.03),
+                                            ('Qwen/Qwen2.5-1.5B', 1.54), ('Qwen/Qwen2.5-0.5B-Instruct', .49), ('deepseek-ai/deepseek-math-7b-rl', 6.91)])
+def test_parameters_are_those_that_are_published(path, billions):
+    assert round(count_parameters(CONFIGS[path])/1e9, 2) == billions
 
 
 def test_adapter_parameters_are_those_that_peft_makes():
@@ -114,43 +176,64 @@ def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
 
 
 def test_limits_are_those_of_engines_and_training():
+    import inspect
+    from mapo.diversity import kl_between, nll_among
     from mapo.training import Training
     assert Training().max_length == MAX_LENGTH
-    assert f'else {BUDGET})' in (REPO/'mapo'/'engines.py').read_text()
+    assert re.search(rf'else {BUDGET}\b', (REPO/'mapo'/'engines.py').read_text())
+    assert [inspect.signature(fn).parameters['token_budget'].default for fn in (nll_among, kl_between)] == [NLL_BUDGET, KL_BUDGET]
+
+
+def test_settings_that_a_machine_may_be_told_are_those_of_training():
+    from mapo.training import Training
+    known = {f.name for f in fields(Training)}
+    for name in ('batch_size', 'micro_batch_size', 'updates', 'lora_rank', *{'quantized', 'gradient_checkpointing'} & known): assert name in {f.name for f in fields(Learning)}
 
 
 def test_the_presets_models_and_licences_are_known():
-    used = {m for s in MARS_PO.values() for m in (*s.agents, *s.same_agents, s.reward_model, s.reward_init) if m and not m.startswith('tiny:')}
+    used = {m for s in MARS_PO.values() for m in (*s.agents, *s.same_agents, s.reward_model, s.reward_init)}
+    used |= {s.model for s in MULTIAGENT_FT.values()} | {m for s in MALT.values() for m in (s.generator, s.verifier, s.refiner)}
+    used = {m for m in used if m and not m.startswith('tiny:')}
     assert used <= CONFIGS.keys() and used <= LICENCES.keys()
     assert set(LICENCES.values()) <= CONDITIONS.keys()
 
 
 def test_who_learns_from_whom():
-    paper = plan_mars_po('paper', 'mars_po')
+    paper = plan_paper('mars_po', 'paper', 'mars_po')
     known = teachers(paper)
     assert known['texts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct', 'deepseek-math-7b-rl']
     assert len(known['scores', 'Qwen licence', 'Qwen2.5-Math-RM-72B']) == 3
     assert 'Texts of Llama-3.1-8B-Instruct train Qwen2.5-Math-7B-Instruct, deepseek-math-7b-rl: Llama 3.1 licence.' in licence_lines(paper)
-    alone = teachers(plan_mars_po('paper', 'dpo_nll', reward_model='', order='drawn'))
+    alone = teachers(plan_paper('mars_po', 'paper', 'dpo_nll', reward_model='', order='drawn'))
     assert alone == {} # own answers alone
 
 
+def test_roles_of_several_families_learn_to_answer_each_other():
+    plan = plan_paper('malt', 'paper', 'malt', verifier='mistralai/Mistral-7B-Instruct-v0.2')
+    known = teachers(plan)
+    assert known['prompts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct'] == ['Mistral-7B-Instruct-v0.2']
+    assert known['prompts', 'Apache-2.0', 'Mistral-7B-Instruct-v0.2'] == ['Llama-3.1-8B-Instruct']
+    assert not [what for what, *_ in known if what == 'texts']
+    assert 'Texts of Llama-3.1-8B-Instruct are in the prompts that train Mistral-7B-Instruct-v0.2: Llama 3.1 licence.' in licence_lines(plan)
+    assert teachers(plan_paper('multiagent_ft', 'paper', 'debate_dpo')) == {} # one model everywhere
+
+
 def test_an_adapter_is_kept_instead_of_weights():
-    full, adapter = (plan_mars_po('paper', 'mars_po', lora_rank=rank) for rank in (0, 16))
+    full, adapter = (plan_paper('mars_po', 'paper', 'mars_po', lora_rank=rank) for rank in (0, 16))
     assert adapter.table.disk.sum() < full.table.disk.sum()/100
     assert len(adapter.asked) == len(full.asked)
 
 
 def test_agents_trained_from_scratch_are_followed_to_their_sizes():
-    plan = plan_mars_po('tiny', 'mars_po', seeds=[0, 1], retrain=[1])
+    plan = plan_paper('mars_po', 'tiny', 'mars_po', seeds=[0, 1], retrain=[1])
     assert {m.path for m in plan.models} == {'tiny:products', 'tiny:borrows', 'tiny:carries'}
     assert '3 make_agent' in totals(plan).to_string()
 
 
 def test_equal_stages_are_one():
-    one, two = plan_mars_po('smoke', 'mars_po'), plan_mars_po('smoke', 'mars_po', seeds=[0, 1])
+    one, two = plan_paper('mars_po', 'smoke', 'mars_po'), plan_paper('mars_po', 'smoke', 'mars_po', seeds=[0, 1])
     assert one.asked.keys() < two.asked.keys()
-    assert plan_mars_po('smoke', 'mars_po', updates=4).asked.keys() != one.asked.keys()
+    assert plan_paper('mars_po', 'smoke', 'mars_po', updates=4).asked.keys() != one.asked.keys()
 
 
 STARTS_NOTHING = '''
@@ -158,40 +241,193 @@ import socket, sys
 def refused(*args, **kwargs): raise AssertionError('a plan went to the network')
 socket.socket.connect = socket.getaddrinfo = refused
 from mapo.cli import main
-main(['plan', 'mars_po', '--preset', sys.argv[1], '--arms', 'all', '--split', 'test', '--seeds', '0', '1'])
+name, preset, *more = sys.argv[1:]
+main(['plan', name, '--preset', preset, '--arms', 'all', '--split', 'test', '--seeds', '0', '1', *more])
 heavy = [m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules]
 assert not heavy, f'a plan imports {heavy}'
 '''
 
 
-@pytest.mark.parametrize('preset', MARS_PO)
-def test_nothing_is_started(preset, tmp_path):
-    places = {name: str(tmp_path/name.lower()) for name in ('MAPO_RUNS', 'MAPO_CACHE', 'HOME', 'HF_HOME')}
+@pytest.mark.parametrize('name, preset', PRESETS)
+def test_nothing_is_started(name, preset, tmp_path):
+    places = {place: str(tmp_path/place.lower()) for place in ('MAPO_RUNS', 'MAPO_CACHE', 'HOME', 'HF_HOME')}
     (tmp_path/'cwd').mkdir()
-    code, output = command(sys.executable, '-B', '-c', STARTS_NOTHING, preset, cwd=tmp_path/'cwd', PYTHONPATH=str(REPO), MPLCONFIGDIR=str(tmp_path/'mpl'), HF_HUB_OFFLINE='0', **places)
+    more = [] if preset.startswith('paper') else ['--machine', '8xH100-80']
+    code, output = command(sys.executable, '-B', '-c', STARTS_NOTHING, name, preset, *more, cwd=tmp_path/'cwd', PYTHONPATH=str(REPO), MPLCONFIGDIR=str(tmp_path/'mpl'), HF_HUB_OFFLINE='0', **places)
     assert code == 0, output
-    assert 'nothing was started' in output and 'seeds 0, 1, test split' in output
+    assert 'nothing was started' in output and 'seeds 0, 1, test split' in output and ('Sums on 8xH100-80' in output) == bool(more)
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and 'mpl' not in p.parts[len(tmp_path.parts)]]
-    assert not any((tmp_path/name.lower()).exists() for name in places)
+    assert not any((tmp_path/place.lower()).exists() for place in places)
 
 
 @pytest.mark.parametrize('words, said', [
-    (['tiny_world'], 'tiny_world cannot be planned: only mars_po can'),
+    (['tiny_world'], 'tiny_world cannot be planned: mars_po, multiagent_ft, malt can'),
+    (['malt_rates'], 'malt_rates cannot be planned: mars_po, multiagent_ft, malt can'),
     (['mars_p'], "there is no experiment 'mars_p' (did you mean 'mars_po'?)"),
     (['mars_po', '--preset', 'huge'], "mars_po has no preset 'huge'"),
+    (['malt', '--preset', 'huge'], "malt has no preset 'huge'"),
     (['mars_po', '--arms', 'mars'], "mars_po has no arm 'mars'"),
+    (['multiagent_ft', '--arms', 'star,moon'], "multiagent_ft has no arm 'moon'"),
     (['mars_po', '-p', 'n_sample=3'], "mars_po has no parameter 'n_sample' (did you mean 'n_samples'?)"),
     (['mars_po', '-p', 'agents=["somebody/else-7B"]'], '`hf download somebody/else-7B config.json`'),
     (['mars_po', '-p', 'agents=["./nowhere"]'], "there is no file or folder './nowhere'"),
     (['mars_po', '-p', 'dtype=int3'], "dtype 'int3' cannot be planned"),
     (['mars_po', '--preset', 'paper', '-p', 'n_train=99999'], 'but gsm8k+math has 14973: ask for fewer'),
+    (['multiagent_ft', '--preset', 'paper', '-p', 'n_train=4000'], '4200 train problems were asked for, but math:1-3 has 3504'),
+    (['multiagent_ft', '--preset', 'paper', '-p', 'source=math:6'], "no problem source 'math:6'"),
     (['mars_po', '-p', 'max_tokens=1000'], "model 'tiny:products' has a window of 1024 tokens: max_tokens=1000 leaves no room for a prompt of 32"),
-    (['mars_po', '-p', 'source=sums'], "there is no problem source 'sums'")], ids=lambda w: ' '.join(w) if isinstance(w, list) else '')
+    (['malt', '-p', 'max_tokens=1000'], "model 'tiny:base' has a window of 1024 tokens"),
+    (['mars_po', '-p', 'source=sums'], "there is no problem source 'sums'"),
+    (['mars_po', '--machine', '0xH100-80'], "a machine has at least 1 GPU, not '0', as '0xH100-80' says"),
+    (['mars_po', '--machine', '8xH100'], "there is no machine '8xH100' (did you mean 'H100-80'?)"),
+    (['mars_po', '--machine=-1xA100-80'], "a machine has at least 1 GPU, not '-1'"),
+    (['mars_po', '--machine', '8.5xA100-80'], "a machine has at least 1 GPU, not '8.5'"),
+    (['mars_po', '--machine', '٣xA100-80'], 'a machine has at least 1 GPU'),
+    (['mars_po', '--machine', 'x'], "there is no machine 'x'"),
+    (['mars_po', '--machine', '8xH100-80', '--machine', 'L40S-48'], '--machine names one machine, not 8xH100-80 and L40S-48'),
+    (['mars_po', '--answer-tokens', '-1'], 'answer_tokens is a number of tokens, not -1'),
+    (['malt', '--preset', 'paper', '-p', 'lora_rank=0', '--machine', 'A100-80'], 'malt, preset paper, arms core, seeds 0, dev split does not fit on A100-80. tune_sft with Llama-3.1-8B-Instruct: '),
+], ids=lambda w: ' '.join(w) if isinstance(w, list) else '')
 def test_a_mistake_is_one_sentence(words, said, capsys):
     from mapo.cli import main
     with pytest.raises(SystemExit) as stopped: main(['plan', *words])
     assert stopped.value.code.startswith('mapo plan: ') and said in stopped.value.code and '\n' not in stopped.value.code
     assert capsys.readouterr().out == ''
+
+
+def test_a_machine_given_as_nothing_is_told_apart_from_none(capsys):
+    from mapo.cli import main
+    main(['plan', 'mars_po', '--preset', 'smoke'])
+    assert 'Sums on' not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no machine ''"): main(['plan', 'mars_po', '--preset', 'smoke', '--machine', ''])
+
+
+LLAMA = sizes(Model('llama', 'meta-llama/Llama-3.1-8B-Instruct'))
+ONE = Machine('A', 1, 80e9, 1e15, 4e12)
+
+
+def test_a_text_written_alone_waits_for_the_weights():
+    "16.06 GB of weights and some keys and values at 2.4 TB/s, a token at a time."
+    work = Answering(LLAMA, 'bfloat16', requests=1, answers=1, prompt=1, answer=1000, width=1001)
+    step = (16_060_522_496 + 501*131072)/(.6*4e12) + .003
+    assert work.seconds(ONE) == pytest.approx(60 + 16_060_522_496/2e9 + 1000*step, rel=1e-3)
+
+
+def test_many_texts_written_together_are_as_fast_as_they_are_computed():
+    work = Answering(LLAMA, 'bfloat16', requests=1, answers=1000, prompt=1, answer=100, width=101, chunk=1000)
+    on = replace(ONE, bandwidth=1e15) # memory that is never waited for
+    assert work.rows(on) == 1000
+    assert work.seconds(on) - work.opening(on) == pytest.approx(100*(1000*(2*8_030_261_248 + 4*32*4096*51)/.5e15 + .003), rel=1e-3)
+
+
+def test_copies_and_shares_divide_the_time():
+    work = Answering(LLAMA, 'bfloat16', requests=4096, answers=4096, prompt=256, answer=256, width=512, chunk=4096)
+    four, one = replace(ONE, gpus=4), work.seconds(ONE) - work.opening(ONE)
+    copies, shares = (replace(work, **{how: 4}) for how in ('data_parallel', 'tensor_parallel'))
+    assert one/4 <= copies.seconds(four) - copies.opening(four) < 1.05*one/4
+    assert one/4 < shares.seconds(four) - shares.opening(four) < one/2 # what vLLM takes to arrange a step is not divided
+    assert sum(shares.memory(four)[:1]) == pytest.approx(16_060_522_496/4)
+    assert copies.gpus == shares.gpus == 4
+
+
+def test_an_engine_of_transformers_has_one_batch_of_its_budget():
+    work = Answering(LLAMA, 'bfloat16', engine='transformers', requests=100, answers=1000, prompt=256, answer=256, most=256, width=512, token_budget=8192)
+    assert work.rows(ONE) == 16
+    held = work.memory(ONE)
+    assert (held.weights, held.cache, held.activations) == (16_060_522_496, 16*512*131072, 2*16*256*(3*14336 + 5*4096)) # reading prompts takes more than drawing tokens
+    assert work.wrong(ONE) == '' and 'needs the engine vllm' in replace(work, tensor_parallel=2).wrong(replace(ONE, gpus=2))
+
+
+@pytest.mark.parametrize('path, able', [('Qwen/Qwen2.5-Math-7B-Instruct', {1, 2, 4}), ('deepseek-ai/deepseek-math-7b-rl', {1, 2, 4, 8}), ('meta-llama/Llama-3.1-8B-Instruct', {1, 2, 4, 8}),
+                                        ('Qwen/Qwen2.5-Math-RM-72B', {1, 2, 4, 8}), ('HuggingFaceTB/SmolLM2-135M-Instruct', {1, 3}), ('Qwen/Qwen2.5-1.5B', {1, 2, 4, 6})])
+def test_heads_are_shared_out_evenly(path, able):
+    size = sizes(Model('', path))
+    assert {t for t in range(1, 9) if not Answering(size, tensor_parallel=t).wrong(machine('8xH100-80'))} == able
+
+
+def test_training_memory_of_a_launch_is_counted_by_hand():
+    eight, work = machine('8xH100-80'), Learning(LLAMA, 'bfloat16', 10, 16, 1, 2, 100, 1000)
+    P, rows = 8_030_261_248, kept_bytes(LLAMA, 2000)
+    assert sum(work.memory(eight)) == 18*P + rows == sum(training_memory(LLAMA, 'bfloat16', 2000))
+    assert sum(replace(work, launch='ddp', processes=8).memory(eight)) == 22*P + rows # gradients twice, no share
+    assert sum(replace(work, launch='zero3', processes=8).memory(eight)) == 16*P/8 + 4*128256*4096 + rows
+    adapter = lora_parameters(LLAMA, 16)
+    assert sum(replace(work, lora_rank=16).memory(eight)) == 18*adapter + 2*P + rows
+    assert replace(work, micro_batch_size=0, launch='fsdp', processes=8).rows == 2
+    assert replace(work, gradient_checkpointing=True).memory(eight).activations < rows/10
+
+
+def test_training_time_is_counted_by_hand():
+    work = Learning(LLAMA, 'bfloat16', 10, 16, 1, 2, 1000, 1000, reference=500)
+    flops = 2*8_030_261_248 + 4*32*4096*500
+    start = 2*(60 + 2*8_030_261_248/2e9)
+    assert work.seconds(ONE) == pytest.approx(start + 10*16*2000*3*flops/.35e15 + 500*1000*flops/.5e15)
+    four = replace(work, launch='fsdp', processes=4).seconds(ONE)
+    assert four == pytest.approx(start + 10*16*2000*3*flops/.35e15/4 + 500*1000*flops/.5e15) # the reference reads on one GPU
+
+
+def test_what_is_refused_names_the_shortage_and_what_would_help():
+    plan = plan_paper('mars_po', 'paper')
+    found = {s.stage: s for s in shortages(plan, machine('8xH100-80'))}
+    assert found['score_turns'].change == dict(tensor_parallel=4) and found['score_turns'].model == 'Qwen2.5-Math-RM-72B'
+    assert found['tune_dpo'].change == dict(launch='fsdp', processes=2) and found['tune_dpo'].others == 2
+    need, over = map(float, re.search(r'([\d.]+) GB a GPU, ([\d.]+) GB more than the 72.0 GB', found['tune_dpo'].text).groups())
+    assert need - over == pytest.approx(72, abs=1) # three digits each
+    with pytest.raises(ValueError, match='Everything fits with -p tensor_parallel=4 -p launch=fsdp -p processes=2$'): check_fit(plan, machine('8xH100-80'))
+    with pytest.raises(ValueError, match='Together these do not fit every stage'): check_fit(plan, machine('8xA100-40')) # 28 heads, 8 GPUs
+
+
+def test_what_would_help_does():
+    "Every change that is named makes its stage fit; and no smaller one of the same kind would."
+    for name, preset in (('mars_po', 'paper'), ('multiagent_ft', 'paper_llama'), ('malt', 'paper')):
+        plan = plan_paper(name, preset, arms='all')
+        for gpu in ('8xH100-80', '4xA100-40', 'RTX4090-24'):
+            for short in shortages(plan, on := machine(gpu)):
+                works = [row['work'] for row in plan._rows if row['stage'] == short.stage]
+                worst = max(works, key=lambda work: sum(work.memory(on)))
+                assert not fits(worst, on)
+                if short.change:
+                    assert fits(replace(worst, **short.change), on)
+                    for number in ('processes', 'tensor_parallel'):
+                        if short.change.get(number, 2) > 2: assert not fits(replace(worst, **short.change | {number: short.change[number]//2}), on)
+                elif 'larger GPU' in short.text: assert fits(worst, replace(on, memory=GPUS[short.text.split(': ')[-1]][0]))
+
+
+def test_a_reward_model_is_given_no_adapter():
+    work = Learning(LLAMA, 'float32', 10, 16, 1, 2, 100, 1000, adaptable=False)
+    assert not [c for c in work.changes(machine('H100-80')) if 'lora_rank' in c or 'quantized' in c]
+    assert {'launch': 'fsdp', 'processes': 8} in work.changes(machine('8xH100-80'))
+    assert 'launch=ddp' in Learning(LLAMA, lora_rank=8, quantized=True, launch='fsdp', processes=2, batch_size=2).wrong(machine('8xH100-80'))
+
+
+@pytest.mark.parametrize('wrong, said', [(dict(launch='fsdp', processes=16), 'it asks for 16 GPUs (launch=fsdp, processes=16), and the machine has 8'),
+                                         (dict(launch='ddp', processes=8, micro_batch_size=4), 'its 16 rows per update cannot be shared by processes=8 that compute 4 at once')])
+def test_a_launch_that_cannot_be_is_refused(wrong, said):
+    assert Learning(LLAMA, batch_size=16, **wrong).wrong(machine('8xH100-80')) == said
+
+
+def test_a_machine_adds_up():
+    plan = plan_paper('malt', 'paper', on='8xH100-80', answer_tokens=350)
+    table, sums = machine_table(plan, plan.machine), machine_totals(plan, plan.machine).set_index('total').value
+    assert table.hours.sum() == pytest.approx(sum(row['work'].seconds(plan.machine) for row in plan._rows)/3600)
+    assert sums['time'] == f'{table.hours.sum():,.3g} hours'
+    assert float(sums['GPU-hours that are paid for'].replace(',', '')) == pytest.approx(8*table.hours.sum(), rel=.01)
+    assert table.stages.sum() == len({row['key'] for row in plan._rows})
+    assert (table.GB <= 72).all()
+    assert plan_paper('malt', 'paper', on='8xH100-80').table.tokens.sum() > 2*plan.table.tokens.sum()
+
+
+def test_this_machine_is_measured():
+    found = here()
+    assert found.gpus == 1 and found.engine == 'transformers' and 1e9 < found.flops < 1e14 and 1e8 < found.bandwidth < 1e13
+    plan = plan_paper('mars_po', 'smoke', on='here')
+    assert 'Measured here' in repr(plan) and 'GPU-hours' not in repr(plan)
+
+
+def test_a_reader_of_long_conversations_is_given_room():
+    work = Reading(LLAMA, 'bfloat16', texts=10, length=5000, longest=100_000, engine='transformers', token_budget=4096)
+    assert work.memory(ONE).activations == 2*100_000*(3*14336 + 5*4096)
+    assert USABLE < 1
 
 
 @pytest.fixture
@@ -254,5 +490,5 @@ def test_names_that_others_chose_are_escaped(local):
     hostile = local/'<script>alert(1)'
     hostile.mkdir()
     (hostile/'config.json').write_text((local/'config.json').read_text())
-    plan = plan_mars_po('smoke', 'mars_po', agents=[str(hostile)])
+    plan = plan_paper('mars_po', 'smoke', 'mars_po', agents=[str(hostile)], on='H100-80')
     assert '<script>' not in plan._repr_html_() and '<script>alert(1)' in repr(plan)
