@@ -38,7 +38,10 @@ QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i, (a, b, c, d) in enume
 def texts(engine, requests, **sampling): return [[c.text for c in cs] for cs in engine.generate(requests, Sampling(max_tokens=64, **sampling))]
 
 
-def spawned(): return [p for p in psutil.Process().children(recursive=True) if 'mapo.vllm' in ' '.join(p.cmdline()) or 'VLLM' in p.name()]
+def spawned(engine=None): # vLLM's processes that this one has started, those of an engine aside
+    family = [psutil.Process(p.process.pid) for p in engine._served.processes if p] if engine else []
+    known = {q.pid for p in family for q in (p, *p.children(recursive=True))}
+    return [p for p in psutil.Process().children(recursive=True) if p.pid not in known and ('mapo.vllm' in ' '.join(p.cmdline()) or 'VLLM' in p.name())]
 
 
 # without vLLM
@@ -189,8 +192,8 @@ def kill(served): os.kill(served.processes[0].process.pid, signal.SIGKILL)
 
 
 @real
-def test_a_process_that_dies_is_named_and_started_again_once(capfd):
-    requests = [replace(q, n=4) for q in QUESTIONS]
+def test_a_process_that_dies_is_named_and_started_again_once(engine, capfd):
+    others,requests = engine, [replace(q, n=4) for q in QUESTIONS]
     engine = VLLMEngine(BASE, progress=False)
     whole,asked = texts(engine, requests), []
     served = engine._served
@@ -207,18 +210,16 @@ def test_a_process_that_dies_is_named_and_started_again_once(capfd):
     assert [[engine._completion(ids, 0, 0).text for ids in found[i]] for i in range(len(rows))] == whole
     kill(served)
     with pytest.raises(EngineDied, match="the vLLM process of model 'base' was killed by signal 9"): engine.generate(requests)
-    assert not spawned()
+    assert not spawned(others)
 
 
 @real
-def test_closed_it_leaves_nothing_behind():
-    before = {p.pid for p in spawned()}
-    shared = set(os.listdir('/dev/shm'))
-    engine = VLLMEngine(BASE, progress=False)
-    engine.generate(QUESTIONS[:1])
-    held = [p for p in spawned() if p.pid not in before]
+def test_closed_it_leaves_nothing_behind(engine):
+    shared,own = set(os.listdir('/dev/shm')), VLLMEngine(BASE, progress=False)
+    own.generate(QUESTIONS[:1])
+    held = spawned(engine)
     assert sum(p.memory_info().rss for p in held) > 2e8
-    engine.close()
+    own.close()
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in held)
     assert set(os.listdir('/dev/shm')) <= shared
 
@@ -292,11 +293,11 @@ def shrunk(model): # an adapter of another base: its matrices are one row too lo
 
 
 @real
-def test_too_little_memory_names_the_window_that_would_fit():
-    engine = VLLMEngine(BASE, cache_gb=.0005, progress=False)
-    with pytest.raises(EngineDied, match=r'(?s)while it was starting: .*: window=(\d+) is the longest that would fit') as e: engine.generate(QUESTIONS[:1])
+def test_too_little_memory_names_the_window_that_would_fit(engine):
+    short = VLLMEngine(BASE, cache_gb=.0005, progress=False)
+    with pytest.raises(EngineDied, match=r'(?s)while it was starting: .*: window=(\d+) is the longest that would fit') as e: short.generate(QUESTIONS[:1])
     window = int(str(e.value).split('window=')[1].split()[0])
-    assert 0 < window < 1024 and not spawned()
+    assert 0 < window < 1024 and not spawned(engine)
     smaller = VLLMEngine(BASE, cache_gb=.0005, window=window, progress=False)
     assert smaller.generate(QUESTIONS[:1])[0][0].text
     smaller.close()
@@ -307,7 +308,7 @@ def test_two_copies_answer_as_one(engine):
     "Each has its share of the requests; no draw depends on the other."
     two = VLLMEngine(BASE, data_parallel=2, progress=False)
     assert texts(two, QUESTIONS[:80]) == texts(engine, QUESTIONS[:80])
-    assert sum(' serve' in ' '.join(p.cmdline()) for p in spawned()) == 3
+    assert sum(' serve' in ' '.join(p.cmdline()) for p in spawned(engine)) == 2
     two.close()
 
 
