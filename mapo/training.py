@@ -424,6 +424,7 @@ class ScoreTrainer(_Recorded, RewardTrainer):
 def _arguments(kind, job, **extra):
     settings,launch,device,updates = job.settings,job.launch,device_for(),update_count(job.settings, len(job.tokens))
     micro = settings.micro_batch_size or settings.batch_size//launch.processes
+    if launch.strategy: os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'
     args = kind(output_dir=str(job.folder/'checkpoints'), max_length=None, max_steps=updates, per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size//(micro*launch.processes), train_sampling_strategy='sequential', remove_unused_columns=False,
         learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, warmup_steps=round(settings.warmup*updates),
@@ -432,6 +433,7 @@ def _arguments(kind, job, **extra):
         save_steps=job.checkpoint_every or 500, use_cpu=device.type == 'cpu' and not _shared(launch), bf16=_bf16(device) and launch.strategy != 'zero3',
         gradient_checkpointing=settings.gradient_checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if settings.gradient_checkpointing else None,
         dataloader_num_workers=0, dataloader_pin_memory=device.type != 'cpu', **extra)
+    args._n_gpu = min(args.n_gpu, 1)
     if launch.strategy == 'zero3': _deepspeed(args, _bf16(device))
     return args
 
@@ -655,9 +657,8 @@ def _free_port(wanted):
 # %% ../nbs/api/07_training.ipynb #571ccd5b
 def _command(job, folder):
     launch = job.launch
-    number_format = 'bf16' if _bf16(device_for()) and launch.strategy != 'zero3' else 'no'
     return [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', LAUNCH/f'{launch.strategy}.yaml', '--num_processes', str(launch.processes),
-            '--main_process_port', str(_free_port(launch.port)), '--mixed_precision', number_format, '-m', 'mapo.launch', folder]
+            '--main_process_port', str(_free_port(launch.port)), '-m', 'mapo.launch', folder]
 
 # %% ../nbs/api/07_training.ipynb #949f986b
 def _launched(job, report):

@@ -124,7 +124,7 @@ def test_two_processes_compute_what_one_does(initial, untied, table, tmp_path, n
     (tmp_path/'ranks.py').write_text(RANKS)
     env = os.environ | dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1', DS_ACCELERATOR='cpu')
     done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', LAUNCH/f'{name}.yaml', '--num_processes', '2', '--main_process_port', '0',
-                           '--mixed_precision', 'no', tmp_path/'ranks.py', name, *jobs, *heads, falls], env=env, capture_output=True, text=True)
+                           tmp_path/'ranks.py', name, *jobs, *heads, falls], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for folder in (*jobs, *heads, falls):
         kind,_,other = folder.parent.name.replace('falls', 'sft').partition('-')
@@ -242,6 +242,18 @@ def test_what_a_gpu_machine_refuses(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match='pip install deepspeed'): check_launch(Launch('zero3', 4), SFT())
     with pytest.raises(ModuleNotFoundError, match='pip install bitsandbytes'): check_launch(Launch(), SFT(lora_rank=8, quantized=True))
     with pytest.raises(ValueError, match="use 'ddp', not 'fsdp'"): check_launch(Launch('fsdp', 4), SFT(lora_rank=8, quantized=True))
+
+
+def test_one_process_uses_one_gpu(initial, tmp_path, monkeypatch):
+    "transformers would spread a process over all GPUs that it sees, with as many times the batch."
+    def eight(args):
+        if '_n_gpu' not in vars(args): args._n_gpu = 8
+        return torch.device('cpu')
+    monkeypatch.setattr(training.transformers.TrainingArguments, '_setup_devices', property(eight))
+    settings = SETTINGS['sft']
+    job = training._Job(initial, settings, make_pairs(4), {}, '', tmp_path)
+    args = training._arguments(training.SFTConfig, job)
+    assert (args.n_gpu, args.train_batch_size) == (1, settings.batch_size)
 
 
 @pytest.mark.parametrize('path', sorted(LAUNCH.glob('*.yaml')), ids=lambda p: p.stem)
