@@ -12,7 +12,7 @@ def test_site(copy):
     site = copy/'_docs'
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
     named = {f'{p.parent.name}/{p.stem.lstrip("0123456789_")}.html'
-             for folder in ('api', 'papers', 'tutorials') for p in (REPO/'nbs'/folder).glob('*.ipynb')}
+             for folder in ('api', 'papers', 'servers', 'tutorials') for p in (REPO/'nbs'/folder).glob('*.ipynb')}
     assert 'index.html' in pages and not named - pages, named - pages
     assert broken(site) == []
     page = (site/'api'/'problems.html').read_text()
