@@ -216,6 +216,10 @@ class Machine:
     layer:float=5e-4 # seconds that Python spends on a layer, however little is computed; ours
     engine:str='vllm' # what engine='auto' becomes here
 
+    def reached(self, share:float)->float:
+        "The share of its rates that a plan counts on: `share` of a data sheet's peak, all of what was measured."
+        return 1. if self.name == 'here' else share
+
     @property
     def limits(self)->tuple[int,int]:
         "Answers that vLLM writes at once, and tokens that it reads at once, where nobody says otherwise (0.32's `LLM`)."
@@ -359,10 +363,10 @@ class Answering(Served):
 
     def seconds(self, on:Machine)->float:
         "How long it takes."
-        n,context,compute = self.rows(on),self.prompt + self.answer/2,self.tensor_parallel*on.flops*PREFILL
+        n,context,compute = self.rows(on),self.prompt + self.answer/2,self.tensor_parallel*on.flops*on.reached(PREFILL)
         steps = self.answers*self.answer/self.data_parallel/n if self.vllm(on) else math.ceil(self.answers/self.data_parallel/n)*self.answer
         moved = number_bytes(self.dtype)*self.size.parameters + n*context*self.size.cache(self.dtype)
-        step = max(n*self.size.flops(context)/compute, moved/(self.tensor_parallel*on.bandwidth*STREAMING), 0 if self.vllm(on) else on.layer*self.size.layers)
+        step = max(n*self.size.flops(context)/compute, moved/(self.tensor_parallel*on.bandwidth*on.reached(STREAMING)), 0 if self.vllm(on) else on.layer*self.size.layers)
         read = (self.requests if self.vllm(on) else self.answers)*self.prompt*self.size.flops(self.prompt/2)/(self.data_parallel*compute)
         return self.opening(on) + read + steps*(step + VLLM_STEP*self.vllm(on))
 
@@ -392,7 +396,7 @@ class Reading(Served):
     def seconds(self, on:Machine)->float:
         "How long it takes."
         flops = self.texts*self.length*self.size.flops(self.length/2)
-        return self.opened*self.opening(on) + flops/(self.gpus*on.flops*PREFILL)
+        return self.opened*self.opening(on) + flops/(self.gpus*on.flops*on.reached(PREFILL))
 
 # %% ../nbs/api/18_plan.ipynb #b04f1611
 SHARDED = ('fsdp', 'zero3')
@@ -455,9 +459,9 @@ class Learning:
     def seconds(self, on:Machine)->float:
         "How long it takes."
         flops,passes = self.size.flops(self.length/2),(2 if self.lora_rank else 3) + self.gradient_checkpointing
-        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(self.gpus*on.flops*TRAINING)
+        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(self.gpus*on.flops*on.reached(TRAINING))
         python = 3*self.updates*math.ceil(self.batch_size/self.gpus/self.rows)*on.layer*self.size.layers
-        read = self.reference*self.length*flops/(on.flops*PREFILL)
+        read = self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
         return (2 if self.reference else 1)*(on.start + number_bytes(self.dtype)*self.size.parameters/DISK) + max(learnt, python) + read
 
     def wrong(self, on:Machine)->str: # '' where nothing is
@@ -948,7 +952,7 @@ def machine_assumptions(
     graded = GRADED*t.loc[t.kind == 'sample', 'answers'].sum()/3600
     each = f'{on.memory/1e9:,.0f} GB, {on.flops/1e12:,.3g} TFLOP/s, {on.bandwidth/1e12:,.3g} TB/s'
     return [f"{'Measured here' if on.name == 'here' else 'Each GPU has'}: {each}; {USABLE:.0%} of the memory can be used.",
-            f'Of these peaks training reaches {TRAINING:.0%} (operations), reading {PREFILL:.0%} (operations) and writing {STREAMING:.0%} (bandwidth).',
+            'What was measured is reached.' if on.name == 'here' else f'Of these peaks training reaches {TRAINING:.0%} (operations), reading {PREFILL:.0%} (operations) and writing {STREAMING:.0%} (bandwidth).',
             f"engine=auto is counted as {on.engine}" + (f', which writes up to {on.limits[0]:,} answers at once and reads {on.limits[1]:,} tokens at once; each prompt is read once for all its samples.' if on.engine == 'vllm' else '.'),
             f'An engine or a training needs {on.start:g} seconds to start, and reads weights at {DISK/1e9:g} GB/s; Python takes {1000*on.layer:g} ms a layer (transformers, training), vLLM {1000*VLLM_STEP:g} ms a step.',
             'One stage after the other, its models one after the other; adapters that an engine would hold together count as models of their own. What GPUs say to each other takes no time. '

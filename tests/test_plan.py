@@ -23,7 +23,7 @@ ARMS = dict(
     mars_po='sft_own,mars_po_flipped', # stages that both ask for, examples and pairs, flipped labels, reward models that are trained
     multiagent_ft='debate_dpo', # summaries, critics' lessons, judged pairs, likelihoods and divergences
     malt='malt_shuffled,debate') # trees, SFT and DPO, chains, critiques of other problems, a debate
-PRESETS = [(name, preset) for name, presets in dict(mars_po=MARS_PO, multiagent_ft=MULTIAGENT_FT, malt=MALT).items() for preset in presets]
+PRESETS = dict(mars_po=MARS_PO, multiagent_ft=MULTIAGENT_FT, malt=MALT)
 
 
 def real(name, folder, **settings):
@@ -241,21 +241,23 @@ import socket, sys
 def refused(*args, **kwargs): raise AssertionError('a plan went to the network')
 socket.socket.connect = socket.getaddrinfo = refused
 from mapo.cli import main
-name, preset, *more = sys.argv[1:]
-main(['plan', name, '--preset', preset, '--arms', 'all', '--split', 'test', '--seeds', '0', '1', *more])
+name, *presets = sys.argv[1:]
+for preset in presets:
+    more = [] if preset.startswith('paper') else ['--machine', '8xH100-80']
+    main(['plan', name, '--preset', preset, '--arms', 'all', '--split', 'test', '--seeds', '0', '1', *more])
 heavy = [m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules]
 assert not heavy, f'a plan imports {heavy}'
 '''
 
 
-@pytest.mark.parametrize('name, preset', PRESETS)
-def test_nothing_is_started(name, preset, tmp_path):
+@pytest.mark.parametrize('name', PRESETS)
+def test_nothing_is_started(name, tmp_path):
     places = {place: str(tmp_path/place.lower()) for place in ('MAPO_RUNS', 'MAPO_CACHE', 'HOME', 'HF_HOME')}
     (tmp_path/'cwd').mkdir()
-    more = [] if preset.startswith('paper') else ['--machine', '8xH100-80']
-    code, output = command(sys.executable, '-B', '-c', STARTS_NOTHING, name, preset, *more, cwd=tmp_path/'cwd', PYTHONPATH=str(REPO), MPLCONFIGDIR=str(tmp_path/'mpl'), HF_HUB_OFFLINE='0', **places)
+    code, output = command(sys.executable, '-B', '-c', STARTS_NOTHING, name, *PRESETS[name], cwd=tmp_path/'cwd', PYTHONPATH=str(REPO), MPLCONFIGDIR=str(tmp_path/'mpl'), HF_HUB_OFFLINE='0', **places)
     assert code == 0, output
-    assert 'nothing was started' in output and 'seeds 0, 1, test split' in output and ('Sums on 8xH100-80' in output) == bool(more)
+    assert all(f'{name}, preset {preset}, arms all, seeds 0, 1, test split: a plan; nothing was started.' in output for preset in PRESETS[name])
+    assert output.count('Sums on 8xH100-80') == sum(not preset.startswith('paper') for preset in PRESETS[name])
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and 'mpl' not in p.parts[len(tmp_path.parts)]]
     assert not any((tmp_path/place.lower()).exists() for place in places)
 
@@ -422,6 +424,8 @@ def test_this_machine_is_measured():
     assert found.gpus == 1 and found.engine == 'transformers' and 1e9 < found.flops < 1e14 and 1e8 < found.bandwidth < 1e13
     plan = plan_paper('mars_po', 'smoke', on='here')
     assert 'Measured here' in repr(plan) and 'GPU-hours' not in repr(plan)
+    work = Learning(LLAMA, 'float32', 1, 1, 1, 1, 100, 100) # what was measured is reached
+    assert work.seconds(found) == pytest.approx(.1 + 4*8_030_261_248/2e9 + 3*100*(2*8_030_261_248 + 4*32*4096*50)/found.flops)
 
 
 def test_a_reader_of_long_conversations_is_given_room():
