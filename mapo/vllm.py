@@ -33,6 +33,7 @@ def _needed()->str: # the version, or a sentence
 def check_parallel(
     name:str,            # whose heads they are
     heads:int,           # of attention
+    kv_heads:int,        # of them, that keep keys and values
     tensor_parallel:int, # GPUs that share one copy of the weights
     data_parallel:int,   # copies of the weights
     gpus:int,            # that can be seen; 0 on a machine without
@@ -40,10 +41,11 @@ def check_parallel(
     "Refuse a division of the work that the model or the machine does not allow."
     for what, n in dict(tensor_parallel=tensor_parallel, data_parallel=data_parallel).items():
         if n < 1: raise ValueError(f'{what} must be at least 1, not {n}')
-    if heads % tensor_parallel: raise ValueError(f"model {name!r} has {heads} attention heads, which tensor_parallel={tensor_parallel} does not divide: "
-                                                 f"{_alternatives([p for p in range(1, min(heads, max(gpus, 8))+1) if heads % p == 0])} would")
+    divides = [p for p in range(1, heads+1) if heads % p == 0 and (kv_heads % p == 0 or p % kv_heads == 0)]
+    if tensor_parallel not in divides: raise ValueError(f"model {name!r} has {heads} attention heads ({kv_heads} with keys and values), which tensor_parallel={tensor_parallel} does not divide: "
+                                                        f"{_alternatives([p for p in divides if p <= max(gpus, 8)])} would")
     if gpus and tensor_parallel*data_parallel > gpus:
-        fits = f'data_parallel={gpus//tensor_parallel}' if gpus >= tensor_parallel else f'tensor_parallel={max(p for p in range(1, gpus+1) if heads % p == 0)}, data_parallel=1'
+        fits = f'data_parallel={gpus//tensor_parallel}' if gpus >= tensor_parallel else f'tensor_parallel={max(p for p in divides if p <= gpus)}, data_parallel=1'
         raise ValueError(f'tensor_parallel={tensor_parallel} times data_parallel={data_parallel} takes {tensor_parallel*data_parallel} GPUs, but {gpus} can be seen: {fits} would fit')
 
 def _alternatives(numbers): return ' or '.join(filter(None, [', '.join(map(str, numbers[:-1])), str(numbers[-1])]))
@@ -268,7 +270,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512) # of adapters, that vLLM has room
 
 def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, window, **more):
     cpu,config = _needed().endswith('(cpu)'), AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False).get_text_config()
-    check_parallel(model.name, config.num_attention_heads, tensor_parallel, data_parallel, len(visible_gpus()))
+    check_parallel(model.name, config.num_attention_heads, _kv_heads(config), tensor_parallel, data_parallel, len(visible_gpus()))
     cache = int((cache_gb or (1 if cpu else 0))*1e9)
     check_room(model.name, *_weights_and_token(model, config), window, int(memory*_gpu_memory()), cache, tensor_parallel, config.num_attention_heads)
     settings = dict(model=str(local_folder(model)), dtype=model.dtype, skip_tokenizer_init=True, generation_config='vllm', max_model_len=window, tensor_parallel_size=tensor_parallel,
@@ -276,10 +278,12 @@ def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, windo
     return settings | (dict(kv_cache_memory_bytes=cache) if cache else {}) | (dict(enforce_eager=True, enable_chunked_prefill=False) if cpu else {}) | more # a seeded request that is prefilled in chunks ends vLLM's CPU build
 
 # %% ../nbs/api/13_vllm.ipynb #e7061c91
+def _kv_heads(config): return getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+
 def _weights_and_token(model, config): # bytes of all weights, and of a token's keys and values
     number = 4 if model.dtype == 'float32' else 2
     width = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
-    return number*sum(int(np.prod(shape)) for shape in _shapes(local_folder(model)).values()), number*2*config.num_hidden_layers*(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads)*width
+    return number*sum(int(np.prod(shape)) for shape in _shapes(local_folder(model)).values()), number*2*config.num_hidden_layers*_kv_heads(config)*width
 
 def _gpu_memory(): # bytes of the smallest that can be seen; 0 without one
     if not visible_gpus(): return 0

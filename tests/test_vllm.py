@@ -114,7 +114,7 @@ def test_two_runs_that_want_one_gpu_take_turns(gpus, tmp_path):
 def test_more_copies_than_gpus(gpus, monkeypatch):
     monkeypatch.setattr(vllm, 'vllm_version', lambda: '0.32.0')
     with pytest.raises(ValueError, match='takes 4 GPUs, but 2 can be seen: data_parallel=2 would fit'): VLLMEngine(BASE, data_parallel=4)
-    with pytest.raises(ValueError, match="'base' has 3 attention heads, which tensor_parallel=2 does not divide: 1 or 3 would"): VLLMEngine(BASE, tensor_parallel=2)
+    with pytest.raises(ValueError, match=r"'base' has 3 attention heads \(3 with keys and values\), which tensor_parallel=2 does not divide: 1 or 3 would"): VLLMEngine(BASE, tensor_parallel=2)
 
 
 # with it

@@ -1,6 +1,6 @@
 """mapo's VLLMEngine beside vLLM's own `LLM.generate`, beside transformers, and six adapters beside six models.
 
-    python benchmarks/vllm.py [MODEL] [--requests 48] [--samples 4] [--max-tokens 48] [--repeats 3] [--agents 6]
+    python benchmarks/vllm_engine.py [MODEL] [--requests 48] [--samples 4] [--max-tokens 48] [--repeats 3] [--agents 6]
 
 MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Each way of answering runs in a process of
 its own, one after the other and then all again, on the same requests (a context and several samples each, seeded), in
@@ -109,7 +109,7 @@ def measured(argv, way, **more):
     "One way in a process of its own."
     given = [word for k, v in more.items() for word in (f'--{k}', str(v))]
     out = subprocess.run([sys.executable, __file__, *argv, '--way', way, *given], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | dict(PYTHONWARNINGS='ignore')).stdout
-    times,loaded,used = json.loads(out.splitlines()[-1])
+    times,loaded,used = json.loads(next(line for line in out.splitlines() if line.startswith('RESULT ')).removeprefix('RESULT '))
     tokens,seconds = times[-1]
     print(f'{way}: {tokens/seconds:,.0f} tokens/s, {loaded:.0f} s to load, {used/1e6:,.0f} MB', file=sys.stderr, flush=True)
     return dict(speed=[t/s for t, s in times], tokens=tokens, loaded=loaded, memory=used)
@@ -128,7 +128,7 @@ def main():
     parser.add_argument('--way', default='')
     parser.add_argument('--folder', default='')
     args = parser.parse_args()
-    if args.way: return print('\n'+json.dumps(theirs(args) if args.way == 'LLM.generate' else shared(args, args.way) if args.way in SHARED else ours(args, args.way)))
+    if args.way: return print('\nRESULT '+json.dumps(theirs(args) if args.way == 'LLM.generate' else shared(args, args.way) if args.way in SHARED else ours(args, args.way)))
     argv = [args.model, *(w for k in ('requests', 'samples', 'max_tokens', 'window', 'agents') for w in ('--'+k.replace('_', '-'), str(getattr(args, k))))]
     found = {way: [] for way in WAYS}
     for _ in range(args.repeats):
