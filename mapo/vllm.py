@@ -360,7 +360,7 @@ class VLLMScorer:
         self.model,self.model_key,self.window = model,model_key(model),window or model_window(model)
         config = AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False)
         self.task = 'token_classify' if 'RewardModel' in (config.architectures or [''])[0] else 'classify'
-        self._served = Served(model, _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, runner='pooling', skip_tokenizer_init=False), data_parallel, tensor_parallel)
+        self._served = Served(model, _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, runner='pooling', skip_tokenizer_init=False, enable_prefix_caching=False), data_parallel, tensor_parallel)
 
     def score(self, conversations):
         "A number for each conversation, in order; higher is better."

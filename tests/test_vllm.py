@@ -19,7 +19,7 @@ from scipy.stats import chi2_contingency
 
 from mapo import runs, vllm
 from mapo.agents import Model
-from mapo.engines import Request, RewardScorer, Sampling, TransformersEngine, load_model, new_reward_model, save_model
+from mapo.engines import Request, RewardScorer, Sampling, TransformersEngine, conversation_ids, load_model, load_tokenizer, new_reward_model, save_model
 from mapo.methods import Serving, serving
 from mapo.runs import vllm_version
 from mapo.vllm import EngineDied, VLLMEngine, VLLMScorer
@@ -327,6 +327,34 @@ def test_a_reward_model_scores_as_in_transformers(tmp_path):
     assert len(scorer.score([])) == 0
     with pytest.raises(ValueError, match='1 of 1 conversations are longer'): scorer.score([[dict(role='user', content='1+'*600), dict(role='assistant', content='2')]])
     scorer.close()
+
+
+def math_rm(folder): # a tiny model of the architecture of Qwen2.5-Math-RM-72B, which is not one of transformers' own
+    from safetensors.torch import save_file
+    from transformers import Qwen2Config, Qwen2Model
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(BASE)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+                         architectures=['Qwen2ForRewardModel'], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    net,head = Qwen2Model(config).eval(), torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    for w in (*net.parameters(), *head.parameters()): w.data += torch.randn_like(w)*.1
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file({f'model.{k}': v for k, v in net.state_dict().items()} | {f'score.{k}': v for k, v in head.state_dict().items()}, folder/'model.safetensors')
+    return net, head
+
+
+@real
+@torch.inference_mode()
+def test_the_architecture_of_the_papers_reward_model_is_read_at_its_last_token(tmp_path):
+    net,head = math_rm(tmp_path)
+    tokenizer = load_tokenizer(Model('rm', str(tmp_path))) # transformers reads it as one of Qwen's
+    talks = [[dict(role='user', content=f'<solve>{a}+{b}'), dict(role='assistant', content=f'{a+b}')] for a in range(2, 6) for b in range(2, 6)]
+    by_hand = [head(net(torch.tensor([ids])).last_hidden_state[0, -1]).item() for ids in conversation_ids(tokenizer, talks)]
+    scorer = VLLMScorer(Model('rm', str(tmp_path)))
+    theirs = scorer.score(talks)
+    scorer.close()
+    assert np.allclose(theirs, by_hand, atol=1e-3) and theirs.std() > .01
 
 
 @real
