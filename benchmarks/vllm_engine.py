@@ -73,7 +73,7 @@ def shared(args, kind):
     how,folder = Sampling(max_tokens=args.max_tokens), Path(args.folder)
     agents = [Model(f'agent{i}', args.model, adapter=str(folder/f'adapter-{i}')) if kind == 'adapters' else Model(f'agent{i}', str(folder/f'model-{i}')) for i in range(args.agents)]
     def load():
-        made = [VLLMEngine(model, window=args.window, cache_gb=.5, progress=False) for model in (agents[:1] if kind == 'adapters' else agents)]
+        made = [VLLMEngine(model, window=args.window, cache_gb=.1, progress=False) for model in (agents[:1] if kind == 'adapters' else agents)]
         return made*args.agents if kind == 'adapters' else made
     def answer(engines, asked):
         tokens = 0
