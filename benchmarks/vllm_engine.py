@@ -12,6 +12,8 @@ import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 
+from adapters import prepare # the benchmark beside this one
+
 WAYS = {'LLM.generate': "vLLM's `LLM.generate`", 'VLLMEngine': 'mapo, `VLLMEngine`', 'unseeded': 'mapo, `VLLMEngine`, without seeds', 'TransformersEngine': 'mapo, `TransformersEngine`'}
 SHARED = dict(adapters='{n} adapters on one base', models='{n} models, one engine each')
 TARGET = .05 # VLLMEngine may take so much longer than `LLM.generate`
@@ -84,22 +86,6 @@ def shared(args, kind):
     serve(load, answer, lambda engines: [engine.close() for engine in engines], args)
 
 
-def prepare(folder, path, agents, rank=16):
-    "Adapters with small random matrices, and the models they become when merged."
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from mapo.agents import Model
-    from mapo.engines import load_model, save_model
-    for i in range(agents):
-        net,tokenizer = load_model(Model('base', path), 'cpu')
-        torch.manual_seed(i)
-        net = get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules='all-linear', task_type='CAUSAL_LM'))
-        for name, w in net.named_parameters():
-            if 'lora_B' in name: torch.nn.init.normal_(w, std=.01)
-        net.save_pretrained(folder/f'adapter-{i}')
-        save_model(net.merge_and_unload(), tokenizer, folder/f'model-{i}')
-
-
 class Way:
     "One way of answering, in a process of its own."
     def __init__(self, argv, way, **more):
@@ -141,7 +127,7 @@ def main():
         print(f"| {WAYS[way.way]} | {median(way.speed):,.0f} | {min(way.speed):,.0f} to {max(way.speed):,.0f} | {median(a/b for a, b in zip(way.speed, first)):.2f} | {way.loaded:.0f} | {way.memory/1e6:,.0f} |")
     if args.agents:
         with tempfile.TemporaryDirectory() as folder:
-            prepare(Path(folder), args.model, args.agents)
+            prepare(Path(folder), args.model, args.agents, 16)
             both = [Way(argv, way, folder=folder) for way in SHARED]
             for _ in range(args.repeats):
                 for way in both: way.answer()
