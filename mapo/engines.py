@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNLIMITED', 'Sampling', 'Request', 'Completion', 'Engine', 'check_window', 'ScriptedEngine', 'device_for',
-           'load_tokenizer', 'load_model', 'check_base', 'save_model', 'local_folder', 'cache_folder', 'model_window',
-           'uniforms', 'SeededDraw', 'shares_base', 'ChatEngine', 'plan_batches', 'TransformersEngine', 'Scorer',
-           'ScriptedScorer', 'load_reward_model', 'new_reward_model', 'is_reward_model', 'conversation_ids',
-           'RewardScorer']
+           'give_back_memory', 'load_tokenizer', 'load_model', 'check_base', 'save_model', 'local_folder',
+           'cache_folder', 'model_window', 'uniforms', 'SeededDraw', 'shares_base', 'ChatEngine', 'plan_batches',
+           'TransformersEngine', 'Scorer', 'ScriptedScorer', 'load_reward_model', 'new_reward_model', 'is_reward_model',
+           'conversation_ids', 'RewardScorer']
 
 # %% ../nbs/api/03_engines.ipynb #cd3be3e9
-import json
+import gc, json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,6 +132,12 @@ def device_for(
     "The device to compute on: the first accelerator there is, else the CPU."
     if device != 'auto': return torch.device(device)
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+
+# %% ../nbs/api/03_engines.ipynb #7eff9297
+def give_back_memory()->None:
+    "Give the accelerator's unused memory back, so that other processes can have it."
+    gc.collect()
+    if torch.accelerator.is_available(): torch.accelerator.empty_cache()
 
 # %% ../nbs/api/03_engines.ipynb #44e84ad6
 def load_tokenizer(
@@ -455,7 +461,7 @@ class TransformersEngine(ChatEngine):
     def close(self):
         "Drop the weights and give the accelerator's memory back."
         self._net = None
-        if self.device.type != 'cpu': torch.accelerator.empty_cache()
+        give_back_memory()
 
 # %% ../nbs/api/03_engines.ipynb #e0566964
 class Scorer(Protocol):
@@ -571,4 +577,4 @@ class RewardScorer:
     def close(self):
         "Drop the weights and give the accelerator's memory back."
         self._net = None
-        if self.device.type != 'cpu': torch.accelerator.empty_cache()
+        give_back_memory()

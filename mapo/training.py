@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from trl.trainer.utils import add_fused_lm_head
 
 from .agents import Model, model_key
-from .engines import (conversation_ids, device_for, is_reward_model, load_model, load_reward_model, load_tokenizer, new_reward_model, plan_batches,
+from .engines import (conversation_ids, device_for, give_back_memory, is_reward_model, load_model, load_reward_model, load_tokenizer, new_reward_model, plan_batches,
                           save_model, _weights, _with_adapter)
 
 # %% ../nbs/api/07_training.ipynb #6cfe55cd
@@ -595,7 +595,7 @@ def _release(trainer):
     for net in (trainer.model, getattr(trainer, 'ref_model', None)):
         if net is not None: net.to('cpu')
     if trainer.optimizer is not None: trainer.optimizer.state.clear()
-    if torch.accelerator.is_available(): torch.accelerator.empty_cache()
+    give_back_memory()
 
 # %% ../nbs/api/07_training.ipynb #c1a4b0d3
 def _write_job(job, folder):
@@ -665,6 +665,7 @@ def _launched(job, report):
     folder = job.folder.resolve()/'launch'
     command = _command(job, folder)
     _write_job(job, folder)
+    give_back_memory()
     with open(folder/'launcher.log', 'w') as log: # pickles are read without running code, whoever reads them
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'))
     try: _wait(launcher, folder, report)

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 import mapo
 from .agents import Model, fingerprint, model_key
-from .engines import ChatEngine, Sampling, check_base, conversation_ids, load_tokenizer, local_folder, model_window, shares_base
+from .engines import ChatEngine, Sampling, check_base, conversation_ids, give_back_memory, load_tokenizer, local_folder, model_window, shares_base
 from .runs import accelerator, visible_gpus, vllm_version
 
 # %% ../nbs/api/13_vllm.ipynb #c282adf5
@@ -244,6 +244,7 @@ class Served:
 
     def _started(self, k):
         if self.processes[k] is None:
+            give_back_memory()
             gpus = visible_gpus()[k*self.gpus_each:(k+1)*self.gpus_each]
             self.processes[k] = _Process(self.model.name, self.settings, gpus)
             self.processes[k].wait()
