@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, _build, grade_turns, frugal, launching, licensed, make_problems, nothing, sample_debate, scored, serving, trained, tune_dpo, tune_sft, write_rates)
+from .methods import (Serving, Where, _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored, trained, tune_dpo, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .rewards import parent_rows, seeded_draw
 from .runs import Artifact, Draft, Run, stage
@@ -31,7 +31,7 @@ from .tiny import FLAWLESS, FORM, make_agent, solve, verified
 ROLES = ('generator', 'verifier', 'refiner') # in the order in which they speak
 
 @dataclass(frozen=True)
-class Malt:
+class Malt(Where):
     "Settings of the MALT experiment; the defaults are the tiny preset."
     generator:str='tiny:base'    # model of the generator before training; paper: one base model for all three roles
     verifier:str='tiny:base'     # ... of the verifier, of another family if wanted
@@ -75,18 +75,10 @@ class Malt:
     batch_size:int=16            # rows per update; paper: 8 (SFT)
     micro_batch_size:int=0       # rows per forward pass, a divisor of `batch_size`; 0 takes the batch at once; ours
     lora_rank:int=0              # 0 trains all weights; paper: LoRA, rank not stated
-    checkpoint_every:int=0       # updates between checkpoints of a training; 0 for trainings of seconds
     chunk_answers:int=2048       # answers that a killed run samples again
-    token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
-    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
-    tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
-    data_parallel:int=1          # copies of the weights when vLLM answers
-    launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
-    processes:int=1              # of a launched training, one per GPU
-    quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
-    gradient_checkpointing:bool=False # recompute activations while training: a third more time, much less memory
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ('votes', 'debaters', 'rounds', 'sft_updates', 'dpo_updates', 'batch_size'):
             if getattr(self, name) < 1: raise ValueError(f'malt: {name} must be at least 1, not {getattr(self, name)}')
         for name in ('threshold', 'gap'):
@@ -305,7 +297,7 @@ def _write(draft, said): # what a conversation stage leaves
     for name, table in said._asdict().items(): draft.write(name, table)
     draft.log |= dict(tokens_sampled=int(said.turns.completion_tokens.sum()), not_asked=int((~said.cuts['asked'].astype(bool)).sum()))
 
-def _sampling(s, purpose): return dict(temperature=0. if purpose == 'greedy' else s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s))
+def _sampling(s, purpose): return dict(temperature=0. if purpose == 'greedy' else s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=s.serving())
 
 # %% ../nbs/api/17_malt.ipynb #d35b15de
 @stage(version=1)
@@ -353,9 +345,9 @@ def teach(run:Run, s:Malt, arm:Arm, team:Team, turns:Artifact, scores:tuple, see
 # %% ../nbs/api/17_malt.ipynb #6a7fc31a
 def tune(run:Run, s:Malt, method:str, model:Model, data:Artifact, seed:int)->Artifact:
     "One training of one role; DPO is held to the model that it starts from."
-    settings = dict(batch_size=s.batch_size, micro_batch_size=s.micro_batch_size, **frugal(s), seed=seed)
-    if method == 'sft': return run.stage(tune_sft, init=model, examples=data, settings=settings | dict(updates=s.sft_updates, learning_rate=s.sft_learning_rate), **launching(s))
-    return run.stage(tune_dpo, init=model, reference=model, pairs=data, settings=settings | dict(updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta), **launching(s))
+    settings = dict(batch_size=s.batch_size, micro_batch_size=s.micro_batch_size, **s.weights(), seed=seed)
+    if method == 'sft': return run.stage(tune_sft, init=model, examples=data, settings=settings | dict(updates=s.sft_updates, learning_rate=s.sft_learning_rate), **s.launching())
+    return run.stage(tune_dpo, init=model, reference=model, pairs=data, settings=settings | dict(updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta), **s.launching())
 
 # %% ../nbs/api/17_malt.ipynb #578d26e1
 def answers(run:Run, s:Malt, arm:Arm, team:Team, problems:Artifact, split:str, purpose:str, seed:int)->tuple[Artifact,Artifact]: # turns and grades

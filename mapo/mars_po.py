@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (build_data, build_reward_data, flip_scores, frugal, grade_turns, launching, licensed, make_problems, nothing, sample_alone, score_turns, serving, trained,
+from .methods import (Where, build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems, nothing, sample_alone, score_turns, trained,
                           tune_dpo, tune_reward, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .runs import Artifact, Run
@@ -26,7 +26,7 @@ from .tiny import FLAWLESS, FORM, make_agent, solve, written
 
 # %% ../nbs/api/15_mars_po.ipynb #cb949aba
 @dataclass(frozen=True)
-class MarsPO:
+class MarsPO(Where):
     "Settings of the Mars-PO experiment; the defaults are the tiny preset."
     agents:tuple=('tiny:products', 'tiny:borrows', 'tiny:carries') # the team's models; paper: "Qwen2.5-Math-7B-Instruct, DeepSeek-Math-7B-RL, Llama3.1-8B-Instruct"
     same_agents:tuple=('tiny:same-0', 'tiny:same-1', 'tiny:same-2') # a team whose weaknesses are the same, for the arms `*_same`; ours
@@ -70,18 +70,10 @@ class MarsPO:
     init:str='previous'          # training starts from the 'previous' iteration's model or the 'initial' one; the paper's agents are trained on
     reference:str='previous'     # DPO is held to the 'previous' model (IRPO) or the 'initial' one; the paper is silent
     lora_rank:int=0              # 0 trains all weights; the paper is silent
-    checkpoint_every:int=0       # updates between checkpoints of a training; 0 for trainings of seconds
     chunk_answers:int=2048       # answers that a killed run samples again
-    token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
-    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
-    tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
-    data_parallel:int=1          # copies of the weights when vLLM answers
-    launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
-    processes:int=1              # of a launched training, one per GPU
-    quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
-    gradient_checkpointing:bool=False # recompute activations while training: a third more time, much less memory
 
     def __post_init__(self):
+        super().__post_init__()
         for name, choices in dict(init=('initial', 'previous'), reference=('initial', 'previous'), order=('reward', 'drawn')).items():
             if getattr(self, name) not in choices: raise ValueError(f"mars_po: {name} must be {' or '.join(map(repr, choices))}, not {getattr(self, name)!r}")
         for name in ('n_samples', 'n_evaluate', 'iterations', 'updates', 'batch_size', 'reward_updates'):
@@ -233,7 +225,7 @@ def answers(run:Run, s:MarsPO, team:Team, problems:Artifact, purpose:str, iterat
     n = dict(train=s.n_samples, evaluate=s.n_evaluate, greedy=1)[purpose]
     turns = run.stage(sample_alone, problems=problems, split=split, team=team, n=n, purpose=purpose, iteration=iteration, seed=seed,
                       temperature=0. if purpose == 'greedy' else s.temperature, top_p=s.top_p, max_tokens=s.max_tokens,
-                      chunk_answers=s.chunk_answers, serving=serving(s))
+                      chunk_answers=s.chunk_answers, serving=s.serving())
     return turns, run.stage(grade_turns, turns=turns, problems=problems)
 
 # %% ../nbs/api/15_mars_po.ipynb #af072828
@@ -244,7 +236,7 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
     data = run.stage(build_reward_data, turns=turns, scores=_graded(run, s, graded, seed), problems=problems, selection=selection)
     if why := nothing(data): raise ValueError(f'mars_po: {why}')
     settings = _batch(s) | dict(updates=s.reward_updates, learning_rate=s.reward_learning_rate, seed=seed)
-    training = run.stage(tune_reward, init=licensed('reward', s.reward_init), pairs=data, settings=settings, **launching(s))
+    training = run.stage(tune_reward, init=licensed('reward', s.reward_init), pairs=data, settings=settings, **s.launching())
     return dict(model=trained(licensed('reward', s.reward_init), training), training=training)
 
 # %% ../nbs/api/15_mars_po.ipynb #1b44d5e4
@@ -256,7 +248,7 @@ def _graded(run, s, graded, seed): # the grades that the method may see
 def credit(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Artifact, ranker:dict|None, seed:int)->tuple:
     "All scores that the selection needs, as artifacts."
     scores = _graded(run, s, graded, seed)
-    return (*scores, run.stage(score_turns, turns=turns, problems=problems, model=ranker['model'], serving=serving(s))) if ranker else scores
+    return (*scores, run.stage(score_turns, turns=turns, problems=problems, model=ranker['model'], serving=s.serving())) if ranker else scores
 
 # %% ../nbs/api/15_mars_po.ipynb #685f232e
 def choose(run:Run, s:MarsPO, arm:Arm, team:Team, turns:Artifact, scores:tuple, seed:int)->dict[str,Artifact]:
@@ -270,10 +262,10 @@ def choose(run:Run, s:MarsPO, arm:Arm, team:Team, turns:Artifact, scores:tuple, 
 def tune(run:Run, s:MarsPO, arm:Arm, agent:Agent, initial:Model, data:Artifact, iteration:int, seed:int)->Artifact:
     "Train one agent on what was chosen for it."
     start,held = (initial if which == 'initial' else agent.model for which in (s.init, s.reference))
-    settings = _batch(s) | dict(updates=s.updates, learning_rate=s.learning_rate, **frugal(s), seed=seed)
-    if not arm.pairs: return run.stage(tune_sft, init=start, examples=data, settings=settings, **launching(s))
+    settings = _batch(s) | dict(updates=s.updates, learning_rate=s.learning_rate, **s.weights(), seed=seed)
+    if not arm.pairs: return run.stage(tune_sft, init=start, examples=data, settings=settings, **s.launching())
     settings |= dict(beta=s.beta, alpha=s.alpha(iteration))
-    return run.stage(tune_dpo, init=start, reference=held, pairs=data, settings=settings, **launching(s))
+    return run.stage(tune_dpo, init=start, reference=held, pairs=data, settings=settings, **s.launching())
 
 # %% ../nbs/api/15_mars_po.ipynb #1d9cf3f7
 def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteration:int, seed:int)->dict: # purpose -> (turns, grades)
@@ -324,7 +316,7 @@ def reward_scores(
     for (arm, seed), steps in done.items():
         ranker = steps[0].get('ranker')
         if ranker and ranker['model'] not in [done[k][0]['ranker']['model'] for k in first]:
-            first[arm, seed] = run.stage(score_turns, turns=_first_answers(done, arm, seed)[0], problems=steps[0]['problems'], model=ranker['model'], serving=serving(s))
+            first[arm, seed] = run.stage(score_turns, turns=_first_answers(done, arm, seed)[0], problems=steps[0]['problems'], model=ranker['model'], serving=s.serving())
     return first
 
 def _first_answers(done, arm, seed): # of the arm's team before training: turns and grades

@@ -19,14 +19,14 @@ from typing import NamedTuple
 import pandas as pd
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, grade_turns, frugal, launching, licensed, make_problems, nothing, sample_alone, sample_debate, serving, trained, tune_dpo, tune_sft, vote_turns,
+from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate, trained, tune_dpo, tune_sft, vote_turns,
                           write_rates)
 from .runs import Artifact, Draft, Run, stage
 from .tiny import QUOTE, ROLES
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #713bd751
 @dataclass(frozen=True)
-class MultiagentFT:
+class MultiagentFT(Where):
     "Settings of the Multiagent Finetuning experiment; the defaults are the tiny preset."
     model:str='tiny:base'        # where all agents begin; code: Phi-3-mini-128k-instruct, Mistral-7B-Instruct-v0.2, Meta-Llama-3-8B
     seats:int=3                  # N; paper: 3, and 5 in its Table 4
@@ -76,18 +76,10 @@ class MultiagentFT:
     lora_rank:int=0              # 0 trains all weights; code: 0
     encoder:str=''               # folder of a sentence encoder for embedding dissimilarity; '' leaves it out. Paper: T5-3B
     n_diversity:int=32           # evaluated problems on which diversity is measured; ours
-    checkpoint_every:int=0       # updates between checkpoints of a training; 0 for trainings of seconds
     chunk_answers:int=2048       # answers that a killed run samples again
-    token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
-    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
-    tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
-    data_parallel:int=1          # copies of the weights when vLLM answers
-    launch:str=''                # '' trains in the process; 'ddp', 'fsdp' or 'zero3' in several, through accelerate
-    processes:int=1              # of a launched training, one per GPU
-    quantized:bool=False         # the base under an adapter in 4 bits while training (QLoRA)
-    gradient_checkpointing:bool=False # recompute activations while training: a third more time, much less memory
 
     def __post_init__(self):
+        super().__post_init__()
         if self.init not in ('initial', 'previous'): raise ValueError(f"multiagent_ft: init must be 'initial' or 'previous', not {self.init!r}")
         for name in ('seats', 'rounds', 'n_train', 'iterations', 'batch_size', 'n_diversity'):
             if getattr(self, name) < 1: raise ValueError(f'multiagent_ft: {name} must be at least 1, not {getattr(self, name)}')
@@ -248,7 +240,7 @@ def multiagent_ft(
 def talk(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, purpose:str, iteration:int, seed:int, rounds:int)->Artifact:
     "A debate about every problem of a split."
     return run.stage(sample_debate, problems=problems, split=split, generators=team.generators, critics=team.critics, summarizer=team.summarizer if rounds > 1 else None, rounds=rounds,
-                     purpose=purpose, iteration=iteration, seed=seed, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s))
+                     purpose=purpose, iteration=iteration, seed=seed, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=s.serving())
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #c4358220
 def credit(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, said:Artifact, problems:Artifact, iteration:int, seed:int)->tuple:
@@ -256,7 +248,7 @@ def credit(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, said:Artifact, probl
     scores = (run.stage(vote_turns, turns=said, problems=problems, seed=seed),)
     if arm.score == 'correct': scores += (run.stage(grade_turns, turns=said, problems=problems),)
     if arm.pairs == 'preferred': scores += (run.stage(judge_pairs, turns=said, answers=scores[0], problems=problems, critics=judges(s, team), seed=seed, temperature=s.temperature,
-                                                     top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s)),)
+                                                     top_p=s.top_p, max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=s.serving()),)
     return scores
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #ca233064
@@ -327,11 +319,11 @@ def tune(run:Run, s:MultiagentFT, arm:Arm, team:Speakers, name:str, data:Artifac
     "Train one model."
     agent = name if arm.models == 'each' else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
     start = licensed('base', s.model, s.dtype) if s.init == 'initial' else team.agents[agent].model
-    settings = dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, batch_size=s.batch_size, warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, **frugal(s),
+    settings = dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, batch_size=s.batch_size, warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, **s.weights(),
                     seed=seed) | (dict(micro_batch_size=s.micro_batch_size) if s.micro_batch_size else {})
     if arm.pairs and name.startswith('gen'):
-        return run.stage(tune_dpo, init=start, reference=start, pairs=data, settings=settings | dict(beta=s.beta), **launching(s))
-    return run.stage(tune_sft, init=start, examples=data, settings=settings, **launching(s))
+        return run.stage(tune_dpo, init=start, reference=start, pairs=data, settings=settings | dict(beta=s.beta), **s.launching())
+    return run.stage(tune_sft, init=start, examples=data, settings=settings, **s.launching())
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #57cc455d
 def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, iteration:int, seed:int)->dict: # 'said', its grades and votes; 'greedy' first answers and their grades; 'team'
@@ -339,7 +331,7 @@ def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str
     if s.one_generator: team = team.with_models({a.name: team.generators.agents[0].model for a in team.generators})
     said = talk(run, s, team, problems, split, 'evaluate', iteration, seed, s.rounds)
     greedy = run.stage(sample_alone, problems=problems, split=split, team=team.generators, n=1, purpose='greedy', iteration=iteration, seed=seed, temperature=0., top_p=s.top_p,
-                       max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=serving(s))
+                       max_tokens=s.max_tokens, chunk_answers=s.chunk_answers, serving=s.serving())
     return dict(team=team, said=said, graded=run.stage(grade_turns, turns=said, problems=problems), voted=run.stage(vote_turns, turns=said, problems=problems, seed=seed),
                 greedy=greedy, greedy_graded=run.stage(grade_turns, turns=greedy, problems=problems))
 

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -20,7 +19,7 @@ from scipy.stats import chi2_contingency
 from mapo import runs, vllm
 from mapo.agents import Model
 from mapo.engines import Request, RewardScorer, Sampling, TransformersEngine, conversation_ids, load_model, load_tokenizer, new_reward_model, save_model
-from mapo.methods import Serving, serving
+from mapo.methods import Serving, Where
 from mapo.runs import vllm_version
 from mapo.vllm import EngineDied, VLLMEngine, VLLMScorer
 
@@ -62,8 +61,8 @@ def test_auto_takes_vllm_where_there_is_a_gpu_for_it_and_says_so(version, gpu, c
     from mapo import methods
     monkeypatch.setattr(methods, 'vllm_version', lambda: version)
     monkeypatch.setattr(methods, 'accelerator', lambda: gpu)
-    methods._said.cache_clear()
-    found = serving(SimpleNamespace(engine='auto', tensor_parallel=2, data_parallel=4, token_budget=0))
+    methods._say_once.cache_clear()
+    found = Where(engine='auto', tensor_parallel=2, data_parallel=4).serving()
     assert (found.engine, found.version) == (chosen, version if chosen == 'vllm' else '')
     assert capsys.readouterr().err == ('engine auto: vLLM 0.32.0 on 8 x H100\n' if chosen == 'vllm' else 'engine auto: transformers\n')
     assert runs.canonical(found) != runs.canonical(Serving(token_budget=1)) # it belongs to the key
