@@ -19,13 +19,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-
+from . import pairs
+from .problems import arithmetic
+from .answers import canonical_answer, extract_answer
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, Where, _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored, trained, tune_dpo, tune_sft, write_rates)
-from .pairs import Selection, to_arrow
-from .rewards import parent_rows, seeded_draw
+from .sampling import Engines, Said, ask_under, sample_rounds, sample_tree
+from .rewards import canonical_answers, parent_rows, propagate, score_rows, seeded_draw
+from .pairs import Selection, label_values, to_arrow
+from .evaluation import accuracy, compact
 from .runs import Artifact, Draft, Run, stage
+from .report import save_record
 from .tiny import FLAWLESS, FORM, make_agent, solve, verified
+from .methods import (Serving, Where, _build, grade_turns, licensed, make_problems, nothing, sample_debate,
+                          scored, trained, tune_dpo, tune_sft, write_rates)
 
 # %% ../nbs/api/17_malt.ipynb #912855df
 ROLES = ('generator', 'verifier', 'refiner') # in the order in which they speak
@@ -286,7 +292,6 @@ def sample_chain(draft:Draft, *, problems:Artifact, split:str, team:Team, branch
                  temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "A chain of roles answers every problem of a split, with `branching` samples under each turn."
     from mapo.engines import Sampling
-    from mapo.sampling import Engines, sample_tree
     table = problems.read('problems')
     with Engines(serving.open) as engines:
         said = sample_tree(table[table.split == split], team, branching, engines, Sampling(temperature, top_p, max_tokens), purpose, 1, seed, chunk_answers, draft.map)
@@ -303,8 +308,6 @@ def _sampling(s, purpose): return dict(temperature=0. if purpose == 'greedy' els
 @stage(version=1)
 def value_turns(draft:Draft, *, turns:Artifact, scores:Artifact, last:int, threshold:float, gap:float):
     "Credit every turn with the mean of its children, and call it positive or negative; leaves are the turns of round `last`."
-    from mapo.pairs import label_values
-    from mapo.rewards import propagate, score_rows
     valued = label_values(propagate(scored(turns, (scores,), 'correct'), last), threshold, gap)
     draft.write('scores', pd.concat([score_rows(valued, name, 'tree-1', value=valued[name]) for name in ('value', 'positive')], ignore_index=True))
 
@@ -319,7 +322,6 @@ def tree(run:Run, s:Malt, team:Team, problems:Artifact, seed:int)->dict: # `turn
 @stage(version=1)
 def build_role_data(draft:Draft, *, turns:Artifact, scores:tuple, role:str, data:str, selection:Selection):
     "What one role learns from: its own turns, put together by the function of `mapo.pairs` called `data`."
-    from mapo import pairs
     def make():
         own = scored(turns, scores, selection.score).query('agent == @role')
         if own.empty: raise pairs.NothingToLearn(f'nothing to learn for the {role}: it was never asked, so look whether its contexts fit into its window')
@@ -373,7 +375,6 @@ def tell_refiner(draft:Draft, *, turns:Artifact, problems:Artifact, refiner:Agen
                  temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "The refiner answers again, after other critiques."
     from mapo.engines import Sampling
-    from mapo.sampling import Engines, Said, ask_under, sample_rounds
     contexts,before,table = turns.read('contexts'),turns.read('turns'),problems.read('problems')
     before = before[before.role != R].reset_index(drop=True)
     shown = before.assign(text=other_critiques(before, table, told, seed))
@@ -408,7 +409,6 @@ def critique(
     r:random.Random,
 )->str: # as the verifier would write it
     "A critique by our own hand, with a right or a wrong verdict and answer."
-    from mapo.answers import canonical_answer, extract_answer
     same = lambda text: canonical_answer(extract_answer(text, kind), kind) == canonical_answer(gold, kind)
     tiny,steps = _OPERANDS.fullmatch(question),_STEPS.fullmatch(solution or '')
     if tiny:
@@ -453,7 +453,6 @@ def word_problems(
 @stage(version=1)
 def make_harder(draft:Draft, *, source:str, form:str, low:int, high:int, question:str, n:int, seed:int):
     "Harder problems than those that were trained on: larger operands, or word problems with one step more."
-    from mapo.problems import arithmetic
     if source == 'arithmetic': table = arithmetic(0, n, n, form, low, high, seed, question)
     else: table = pd.concat([word_problems(n, split, True, seed) for split in ('dev', 'test')], ignore_index=True)
     draft.write('problems', table)
@@ -483,7 +482,6 @@ def final_answers(
     purpose:str, # 'evaluate' or 'greedy'
 )->pd.DataFrame: # `problem_id, sample, answer, correct`: a row per pass, or per seat of a debate
     "The last answers of an arm's conversations, in one writing for answers that mean the same."
-    from mapo.rewards import canonical_answers
     turns = readable(step, purpose)
     last = turns[turns['round'] == turns['round'].max()].assign(sample=lambda t: t['seat']) if not step['arm'].chain else answers_by_turn(turns, step['arm'].chain).query('role == @step["arm"].chain[-1]')
     return last.assign(answer=canonical_answers(last, step['asked'].read('problems')))[['problem_id', 'sample', 'answer', 'correct']]
@@ -499,7 +497,6 @@ def results(
     s:Malt,    # its settings
 )->pd.DataFrame: # compact rows of one arm and seed
     "How many answers to each problem are right."
-    from mapo.evaluation import compact
     arm = step['arm']
     label = lambda purpose: final_answers(step, purpose).assign(arm=arm.name, seed=step['seed'], iteration=step['iteration'], agent='team', greedy=purpose == 'greedy')
     sampled,greedy = label('evaluate'),label('greedy')
@@ -619,7 +616,6 @@ def write_record(
     done:list,  # of `all_arms`
 )->Path: # the folder `record` of the run
     "Results, costs, readings, flips, sweeps, what was learnt from and what was left out, one tree, and the manifest."
-    from mapo.report import save_record
     folder,about = run.folder/'record',run.record()
     by_arm = [(step, results(step, s)) for step in done]
     rows = pd.concat([r for step, r in by_arm if not step['arm'].harder], ignore_index=True)
@@ -657,7 +653,6 @@ def costs(done:list)->pd.DataFrame: # `arm, seed, tokens_sampled, tokens_trained
 
 # %% ../nbs/api/17_malt.ipynb #6c1de748
 def _mean(tables, what): # compact rows -> `arm, iteration, WHAT, accuracy, low, high, se, problems, seeds`
-    from mapo.evaluation import accuracy
     if not tables: return None
     rows = pd.concat(tables, ignore_index=True)
     return pd.concat([accuracy(own, by=('arm', 'iteration')).assign(**{what: name}) for name, own in rows.groupby(what)], ignore_index=True)
@@ -717,7 +712,6 @@ def malt_rates(
     seeds:list, # that no result uses
 )->Path: # the record's folder, with `rates.csv`
     "Dev accuracy of every trained arm under every rate."
-    from mapo.evaluation import accuracy
     if len(set(rates)) < len(rates) or not rates: raise ValueError(f'malt_rates: rates must be distinct numbers, at least one, not {rates}')
     tables = []
     for rate in map(float, rates):

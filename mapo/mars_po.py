@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-
 from .agents import Agent, Model, Role, Team
-from .methods import (Where, build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems, nothing, sample_alone, score_turns, trained,
-                          tune_dpo, tune_reward, tune_sft, write_rates)
-from .pairs import Selection, to_arrow
+from .rewards import reward_table
+from .pairs import Selection, to_arrow, winners
+from .evaluation import accuracy, compact
 from .runs import Artifact, Run
+from .report import count_pairs, save_record
 from .tiny import FLAWLESS, FORM, make_agent, solve, written
+from .methods import (Where, build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems,
+                          nothing, sample_alone, score_turns, scored, trained, tune_dpo, tune_reward, tune_sft,
+                          write_rates)
 
 # %% ../nbs/api/15_mars_po.ipynb #cb949aba
 @dataclass(frozen=True)
@@ -329,8 +332,6 @@ def judge_rewards(
     rewards:dict, # of `reward_scores`
 )->pd.DataFrame: # `arm, seed, reward, question, share, low, high, problems, pairs, verdict`
     "How each reward model orders the first team's answers to the evaluated problems."
-    from mapo.methods import scored
-    from mapo.rewards import reward_table
     tables = []
     for (arm, seed), scores in rewards.items():
         turns,graded = _first_answers(done, arm, seed)
@@ -354,7 +355,6 @@ def write_record(
     rewards:pd.DataFrame, # of `judge_rewards`
 )->Path: # the folder `record` of the run
     "Results, costs, what was chosen and what was left out, training curves, a few pairs, and the manifest."
-    from mapo.report import count_pairs, save_record
     folder,about = run.folder/'record',run.record()
     steps = [dict(arm=arm, seed=seed) | step for (arm, seed), found in done.items() for step in found]
     lessons = [{k: step[k] for k in ('arm', 'seed', 'iteration')} | dict(agent=a, data=step['chosen'][a], training=step['made'][a]) for step in steps for a in step.get('made', ())]
@@ -374,8 +374,6 @@ def _seeds_vary(s, seeds): # what a seed varies, for the note below a table
     return 'Each seed samples, chooses and trains anew' + (f"; seeds {', '.join(map(str, anew))} also begin with agents trained from scratch." if anew else ', from the same first agents.')
 
 def _results(step): # compact rows: per agent and problem how many of its answers are right
-    from mapo.evaluation import compact
-    from mapo.methods import scored
     graded = [scored(turns, (scores,), 'answer', 'correct')[['agent', 'problem_id', 'sample', 'answer', 'correct']].assign(greedy=purpose == 'greedy')
               for purpose, (turns, scores) in step['measured'].items()]
     return compact(pd.concat(graded, ignore_index=True).assign(arm=step['arm'], seed=step['seed'], iteration=step['iteration']))
@@ -406,8 +404,6 @@ def _few_pairs(paired, n=2): # of Mars-PO's first iteration, those whose chosen 
 
 # %% ../nbs/api/15_mars_po.ipynb #98436639
 def _selected(s, steps): # `arm, seed, iteration, source_agent, candidates, selected, candidate_tokens, selected_tokens`
-    from mapo.methods import scored
-    from mapo.pairs import winners
     tables = []
     for step in steps:
         arm = ARMS[step['arm']]
@@ -437,7 +433,6 @@ def rates_experiment(
     seeds:list, # that no result uses
 )->Path: # the record's folder, with `rates.csv`
     "Dev accuracy at the last iteration for every arm under every rate."
-    from mapo.evaluation import accuracy
     if len(set(rates)) < len(rates) or not rates: raise ValueError(f'mars_po_rates: rates must be distinct numbers, at least one, not {rates}')
     tables = []
     for rate in rates:

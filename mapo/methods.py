@@ -14,10 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-
+from . import pairs, problems
+from .problems import arithmetic, check_leaks, drop_leaks, split_problems
 from .agents import Agent, Model, Team
-from .pairs import Selection
-from .runs import Artifact, Draft, Run, accelerator, stage, vllm_version
+from .sampling import Engines, ask_alone, debate, sample_turns
+from .rewards import agrees, flip_labels, grade, read_answers, reward, vote, with_scores
+from .pairs import Built, NothingToLearn, Selection, reward_pairs
+from .runs import Artifact, Draft, Run, accelerator, stage, vllm_version, write_json
 
 # %% ../nbs/api/14_methods.ipynb #6c5d7863
 LICENCES = { # of the presets' models
@@ -111,7 +114,6 @@ def _say_once(line): print(line, file=sys.stderr, flush=True)
 @stage(version=1)
 def make_problems(draft:Draft, *, source:str, form:str, low:int, high:int, question:str, data:str, n_train:int, n_dev:int, n_test:int, seed:int):
     "Draw disjoint train, dev and test problems, and refuse any that leak."
-    from mapo.problems import arithmetic, check_leaks
     if source == 'arithmetic': table = arithmetic(n_train, n_dev, n_test, form, low, high, seed, question)
     else: table = benchmark(source, data, n_train, n_dev, n_test, seed)
     draft.write('problems', check_leaks(table))
@@ -126,14 +128,12 @@ def benchmark(
     seed:int,    # of the draw
 )->pd.DataFrame: # problems of all three splits
     "Train, dev and test problems of public benchmarks."
-    from mapo.problems import drop_leaks, split_problems
     train,test = (pd.concat([_half(name, split, data) for name in source.split('+')], ignore_index=True) for split in ('train', 'test'))
     test = split_problems(test, 0, 0, n_test or len(test), seed)
     pool = drop_leaks(pd.concat([train, test], ignore_index=True)).query("split == 'train'")
     return pd.concat([split_problems(pool, n_train or len(pool)-n_dev, n_dev, 0, seed), test], ignore_index=True)
 
 def _half(source, split, data): # the train or the test set of one benchmark
-    from mapo import problems
     load = dict(gsm8k=problems.gsm8k, math=problems.math_problems, commonsense_qa=problems.commonsense_qa, mmlu=problems.mmlu)
     name,_,levels = source.partition(':')
     if name not in load or levels and name != 'math': raise ValueError(f"there is no problem source {source!r}: there are arithmetic, {', '.join(load)}, math:1-3 for levels of MATH, and sums such as gsm8k+math")
@@ -153,7 +153,6 @@ def sample_alone(draft:Draft, *, problems:Artifact, split:str, team:Team, n:int,
                  temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "Every agent answers every problem of a split, alone."
     from mapo.engines import Sampling
-    from mapo.sampling import Engines, ask_alone, sample_turns
     table = problems.read('problems')
     asks = ask_alone(table[table.split == split], team, n, purpose, iteration, seed)
     with Engines(serving.open) as engines:
@@ -168,7 +167,6 @@ def sample_debate(draft:Draft, *, problems:Artifact, split:str, generators:Team,
                   temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "Seats debate every problem of a split."
     from mapo.engines import Sampling
-    from mapo.sampling import Engines, debate
     table = problems.read('problems')
     with Engines(serving.open) as engines:
         said = debate(table[table.split == split], generators, critics, summarizer, rounds, engines, Sampling(temperature, top_p, max_tokens), purpose, iteration, seed, chunk_answers, draft.map)
@@ -179,7 +177,6 @@ def sample_debate(draft:Draft, *, problems:Artifact, split:str, generators:Team,
 @stage(version=1)
 def vote_turns(draft:Draft, *, turns:Artifact, problems:Artifact, seed:int):
     "Read the answers, vote on them round by round, and say who agrees with the last vote. No gold answer is read."
-    from mapo.rewards import agrees, read_answers, vote, with_scores
     kinds,said = problems.read('problems')[['problem_id', 'kind']],turns.read('turns')
     answers = read_answers(said, kinds)
     said = with_scores(said, answers, 'answer')
@@ -191,14 +188,12 @@ def vote_turns(draft:Draft, *, turns:Artifact, problems:Artifact, seed:int):
 @stage(version=1, libraries=('math-verify',))
 def grade_turns(draft:Draft, *, turns:Artifact, problems:Artifact):
     "Extract the answers and compare them with gold."
-    from mapo.rewards import grade
     draft.write('scores', grade(turns.read('turns'), problems.read('problems')))
 
 # %% ../nbs/api/14_methods.ipynb #709305a3
 @stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
 def score_turns(draft:Draft, *, turns:Artifact, problems:Artifact, model:Model, serving:Serving):
     "Let a reward model score every answer."
-    from mapo.rewards import reward
     scorer = serving.scorer(model)
     try: draft.write('scores', reward(turns.read('turns'), problems.read('problems'), scorer))
     finally: scorer.close()
@@ -207,7 +202,6 @@ def score_turns(draft:Draft, *, turns:Artifact, problems:Artifact, model:Model, 
 @stage(version=1)
 def flip_scores(draft:Draft, *, scores:Artifact, share:float, seed:int):
     "Turn a share of the grades around, to see how much a method depends on them."
-    from mapo.rewards import flip_labels
     draft.write('scores', flip_labels(scores.read('scores'), share, seed))
 
 # %% ../nbs/api/14_methods.ipynb #1e567eba
@@ -217,14 +211,12 @@ def scored(
     *names,         # of the scores that are wanted
 )->pd.DataFrame: # the turns, with a column per score
     "Turns beside the scores of several stages."
-    from mapo.rewards import with_scores
     return with_scores(turns.read('turns'), pd.concat([s.read('scores') for s in scores], ignore_index=True), *names)
 
 # %% ../nbs/api/14_methods.ipynb #132ef1ad
 @stage(version=1)
 def build_data(draft:Draft, *, turns:Artifact, scores:tuple, agent:str, data:str, selection:Selection):
     "What one agent learns from: examples or pairs, built by the function of `mapo.pairs` called `data`."
-    from mapo import pairs
     def make():
         found = pairs.with_mistakes(scored(turns, scores, *selection.scores), agent, selection)
         built = getattr(pairs, data)(found.table, turns.read('contexts'), agent, selection)
@@ -235,12 +227,10 @@ def build_data(draft:Draft, *, turns:Artifact, scores:tuple, agent:str, data:str
 @stage(version=1)
 def build_reward_data(draft:Draft, *, turns:Artifact, scores:tuple, problems:Artifact, selection:Selection):
     "What a reward model learns from: right and wrong answers to one question."
-    from mapo.pairs import reward_pairs
     _build(draft, lambda: reward_pairs(scored(turns, scores, *selection.scores), problems.read('problems'), selection), 'reward model')
 
 # %% ../nbs/api/14_methods.ipynb #7352c3b7
 def _build(draft, make, learner):
-    from mapo.pairs import Built, NothingToLearn
     try: built = make()
     except NothingToLearn as e: built = Built(pd.DataFrame(), pd.DataFrame([dict(agent=learner, part='problems', fate=str(e), count=0)]))
     draft.write('data', built.table)
@@ -300,7 +290,6 @@ def write_rates(
     table:pd.DataFrame, # `arm, learning_rate, accuracy, low, high, ...`, a row per arm and rate
 )->Path: # the folder `record` of the run, with `rates.csv` and `manifest.json`
     "Write the record of a grid."
-    from mapo.runs import write_json
     folder,about = run.folder/'record',run.record()
     folder.mkdir(exist_ok=True)
     table.sort_values(['arm', 'learning_rate']).to_csv(folder/'rates.csv', index=False, float_format='%.10g', lineterminator='\n')

@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate, trained, tune_dpo, tune_sft, vote_turns,
-                          write_rates)
+from .sampling import Engines, ask_judges, sample_rounds
+from .rewards import canonical_answers, grade, read_answers, score_rows, with_scores
+from .pairs import Built, NothingToLearn, Selection, corrected_and_kept, hybrid_pairs, own_positives
+from .evaluation import accuracy, wilson
+from .diversity import consensus, embedding_dissimilarity, kl_between, nll_among, over_problems, sentence_encoder
 from .runs import Artifact, Draft, Run, stage
+from .report import save_record
 from .tiny import QUOTE, ROLES
+from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate,
+                          trained, tune_dpo, tune_sft, vote_turns, write_rates)
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #713bd751
 @dataclass(frozen=True)
@@ -277,7 +282,6 @@ def pupils(
 @stage(version=1)
 def build_lessons(draft:Draft, *, turns:Artifact, scores:tuple, agents:tuple, score:str, corrected:float, critic_turns:str, seed:int):
     "What a model learns from: the examples of each of `agents`, one after the other."
-    from mapo.pairs import NothingToLearn
     table,contexts,built = _spoken(turns, scores, score),turns.read('contexts'),[]
     for agent in agents:
         try: built.append(lessons_of(table, contexts, agent, score, corrected, critic_turns, seed))
@@ -286,7 +290,6 @@ def build_lessons(draft:Draft, *, turns:Artifact, scores:tuple, agents:tuple, sc
     draft.write('counts', pd.concat([counts for _, counts in built], ignore_index=True))
 
 def _spoken(turns, scores, *names): # turns that are voted on, with their scores
-    from mapo.rewards import with_scores
     spoken = turns.read('turns').query("role != 'summarizer'")
     return with_scores(spoken, pd.concat([part.read('scores') for part in scores], ignore_index=True).drop_duplicates(['turn_id', 'name']), *names)
 
@@ -301,7 +304,6 @@ def lessons_of(
     seed:int=0,            # of the draws
 ): # a `mapo.pairs.Built` of examples
     "An agent's own turns that are worth learning (Multiagent Finetuning, Algorithm 1)."
-    from mapo.pairs import Built, NothingToLearn, Selection, corrected_and_kept, own_positives
     own = turns[turns['agent'] == agent]
     found = Built(own[own['round'] == 0], pd.DataFrame()) if (own['role'] == 'generator').all() else corrected_and_kept(turns, own['seat'].iloc[0], corrected, critic_turns, seed)
     if found.table.empty: raise NothingToLearn(f'nothing to learn for agent {agent!r}: none of its {len(own)} turns ends in the answer of the majority')
@@ -345,7 +347,6 @@ def disputes(
     problems:pd.DataFrame, # for the `kind` of their answers
 )->pd.DataFrame: # `first, second`: ids of two first-round turns on a problem whose answers differ; each pair in both orders
     "What there is to judge."
-    from mapo.rewards import canonical_answers
     first = turns[turns['round'] == 0].dropna(subset='answer')
     first = first.assign(answer=canonical_answers(first, problems))[['problem_id', 'turn_id', 'seat', 'answer']]
     both = first.merge(first, on='problem_id', suffixes=('', '_other'))
@@ -367,8 +368,6 @@ def preferences(
 def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artifact, critics:Team, seed:int, temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "Let critics compare first answers that differ, in both orders. No gold answer is read."
     from mapo.engines import Sampling
-    from mapo.rewards import canonical_answers, read_answers, score_rows, with_scores
-    from mapo.sampling import Engines, ask_judges, sample_rounds
     table = problems.read('problems').drop(columns=['answer', 'solution'])
     asked = disputes(_spoken(turns, (answers,), 'answer'), table)
     ask = lambda *_: ask_judges(turns.read('contexts'), turns.read('turns'), asked, table, critics, seed)
@@ -388,7 +387,6 @@ def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artif
 @stage(version=1)
 def build_judged(draft:Draft, *, turns:Artifact, scores:tuple, agent:str, score:str, seed:int):
     "A generator's pairs of first answers, decided by a score."
-    from mapo.pairs import NothingToLearn, Selection, hybrid_pairs
     table = _spoken(turns, scores, score).query('round == 0')
     try: built = hybrid_pairs(table, turns.read('contexts'), agent, Selection(score=score, n_positives=0, n_negatives=0, n_pairs=0, seed=seed))
     except NothingToLearn as e: built = pd.DataFrame(), pd.DataFrame([dict(agent=agent, part='problems', fate=str(e), count=0)])
@@ -404,7 +402,6 @@ def read_out(
     problems:pd.DataFrame, # for the `kind` of their answers
 )->pd.DataFrame: # `readout, problem_id, n, c`: answers by which a problem is judged, and how many are right
     "How a debate's first answers, their vote and the last vote did."
-    from mapo.rewards import canonical_answers
     turns = turns[turns['role'] != 'summarizer']
     first = turns[turns['round'] == 0].groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index().assign(readout='alone')
     right = turns.assign(answer=canonical_answers(turns, problems)).groupby(['problem_id', 'answer'])['correct'].max()
@@ -432,7 +429,6 @@ def readouts(
 @stage(version=1, libraries=('torch', 'transformers'), device=True)
 def measure_diversity(draft:Draft, *, turns:Artifact, voted:Artifact, problems:Artifact, models:dict, base:Model, n:int, encoder:str, iteration:int):
     "Do the agents still differ?"
-    from mapo.diversity import consensus, embedding_dissimilarity, kl_between, nll_among, over_problems, sentence_encoder
     said,contexts,kinds = _spoken(turns, (voted,), 'answer'),turns.read('contexts'),problems.read('problems')[['problem_id', 'kind']]
     said = said[said['problem_id'].isin(sorted(said['problem_id'].unique())[:n])]
     spoken,several = said[said['text'].fillna('').str.strip() != ''],said['seat'].nunique() > 1
@@ -534,7 +530,6 @@ def write_record(
     elsewhere:dict,   # of `transfers`
 )->Path: # the folder `record` of the run
     "Results, readouts, diversity, costs, lessons, a few conversations, and the manifest."
-    from mapo.report import save_record
     folder,about = run.folder/'record',run.record()
     steps = [dict(arm=arm, seed=seed) | step for (arm, seed), found in done.items() for step in found]
     rows = pd.concat([readouts(step['arm'], step['seed'], step, problems) for step in steps], ignore_index=True)
@@ -593,16 +588,13 @@ def _elsewhere(elsewhere):
     return _accuracies(pd.concat(rows, ignore_index=True)) if rows else pd.DataFrame()
 
 def _accuracies(rows, *by):
-    from mapo.evaluation import accuracy
     return accuracy(rows, by=('arm', *by, 'agent')).rename(columns=dict(agent='readout'))
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #6c052dd8
 def _judged(steps, problems): # how consistent critics' judgements are, and how often they prefer the right one of a right and a wrong answer
-    from mapo.evaluation import wilson
     rows,gold = [],problems.read('problems')
     for step in steps:
         if len(step.get('scores', ())) < 2 or not (step['scores'][-1].path/'judged.parquet').exists(): continue
-        from mapo.rewards import grade
         said,judged = step['said'].read('turns'),step['scores'][-1].read('judged')
         right = grade(said, gold).query("name == 'correct'").set_index('turn_id')['value']
         pair = judged.assign(pair=[tuple(sorted(p)) for p in zip(judged['first'], judged['second'])]).groupby('pair')['verdict'].agg(['count', 'nunique', 'first'])
@@ -636,7 +628,6 @@ def multiagent_ft_rates(
     seeds:list, # that no result uses
 )->Path: # the record's folder, with `rates.csv`
     "Dev accuracy at the last iteration for every trained arm under every rate."
-    from mapo.evaluation import accuracy
     tables = []
     for rate in rates:
         problems,done = all_arms(run, replace(s, learning_rate=float(rate), learning_rates={}), arms, seeds, 'dev')

@@ -110,6 +110,7 @@ def test_other_code_is_an_error_where_that_is_asked_for(tmp_path, monkeypatch):
     run = Run('strict', {}, root=tmp_path)
     made = run.stage(numbers, n=3)
     write_json(made.path/'manifest.json', made.manifest | dict(source='0'*16))
+    monkeypatch.delenv('MAPO_STRICT', raising=False)
     run.stage(numbers, n=3)
     monkeypatch.setenv('MAPO_STRICT', '1')
     with pytest.raises(StaleCode, match='made by other code'): run.stage(numbers, n=3)

@@ -1,0 +1,207 @@
+"A stage knows the code that made it: what it can reach counts, what it cannot does not."
+import ast
+import importlib
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import mapo
+from mapo import malt, mars_po, methods, multiagent_ft, runs, tiny
+from mapo.rewards import example_turns, grade
+from mapo.runs import Run, StaleCode, code_behind, own_hash, source_hash, stage
+
+# stage -> (a function that it calls through another one, a function of its module that it never reaches)
+STAGES = {
+    'make_problems': ('problems.split_problems', 'methods.sample_alone'),
+    'sample_alone': ('sampling.plan_chunks', 'methods.benchmark'),
+    'sample_debate': ('sampling.ask_critics', 'methods.benchmark'),
+    'vote_turns': ('rewards.canonical_answers', 'methods.sample_alone'),
+    'grade_turns': ('answers.Grader', 'methods.vote_turns'),
+    'score_turns': ('rewards.bare_question', 'methods.benchmark'),
+    'flip_scores': ('rewards.seeded_draw', 'methods.grade_turns'),
+    'build_data': ('pairs.cross', 'methods.tune_dpo'),
+    'build_reward_data': ('pairs.winners', 'methods.tune_dpo'),
+    'tune_sft': ('training.example_tokens', 'methods.tune_dpo'),
+    'tune_dpo': ('training.pair_tokens', 'methods.tune_sft'),
+    'tune_reward': ('training.reward_tokens', 'methods.tune_dpo'),
+    'build_lessons': ('pairs.corrected_and_kept', 'multiagent_ft.tune'),
+    'judge_pairs': ('sampling.fit', 'multiagent_ft.tune'),
+    'build_judged': ('pairs.cross', 'multiagent_ft.tune'),
+    'measure_diversity': ('diversity.unit_vectors', 'multiagent_ft.tune'),
+    'sample_chain': ('sampling.ask_under', 'malt.tune'),
+    'value_turns': ('rewards.parent_rows', 'malt.tune'),
+    'build_role_data': ('pairs.cross', 'malt.tune'),
+    'tell_refiner': ('sampling.fit', 'malt.tune'),
+    'make_harder': ('problems._expressions', 'malt.tune'),
+    'prompt_tokens': ('engines.local_folder', 'malt.tune'),
+    'make_agent': ('tiny._trained', 'tiny.tiny_agent'),
+}
+DEFINED = {name: fn for module in (methods, mars_po, multiagent_ft, malt, tiny) for name, fn in vars(module).items()
+           if isinstance(getattr(fn, 'stage', None), dict)}
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    "A copy of mapo's modules in which code is looked up instead: what a test edits there is lost."
+    folder = Path(mapo.__file__).parent
+    shutil.copytree(folder, tmp_path/'mapo', ignore=shutil.ignore_patterns('checkpoints', '__pycache__'))
+    find = runs._file.__wrapped__
+    def found(module):
+        path = find(module)
+        return tmp_path/path.relative_to(folder.parent) if path and path.is_relative_to(folder) else path
+    monkeypatch.setattr(runs, '_file', found)
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget():
+    "What was read of modules."
+    for cached in (runs._module, runs._behind, runs._digest_of, runs._code_at): cached.cache_clear()
+
+
+def edit(root, name, change):
+    "Change the definition called `module.name`: `change` takes its source."
+    module, _, name = name.partition('.')
+    path = root/'mapo'/f'{module}.py'
+    text = path.read_text()
+    [node] = [n for n in ast.parse(text).body if getattr(n, 'name', '') == name]
+    old = ast.get_source_segment(text, node)
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, change(old)))
+    forget()
+
+
+def parts(source): # what stands before and after the place of a docstring
+    node = ast.parse(source).body[0]
+    lines = source.splitlines(keepends=True)
+    return ''.join(lines[:node.body[0].lineno-1]), ''.join(lines[node.body[0].lineno-1:])
+
+
+def other_code(source):
+    "The same function with one more statement."
+    before, after = parts(source)
+    indent = ' '*(len(after) - len(after.lstrip()))
+    return f'{before}{indent}edited = 1\n{after}' if before else source.replace(': return', ': edited = 1; return', 1)
+
+
+def other_words(source):
+    "The same code with another docstring and a comment."
+    tree = ast.parse(source)
+    said = ast.get_docstring(tree.body[0], clean=False)
+    return (source.replace(said, 'Other words.') if said else source) + ' # a remark'
+
+
+def test_every_stage_is_in_the_table():
+    assert set(DEFINED) == set(STAGES)
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_a_stage_notices_what_it_reaches_and_nothing_else(name, sources):
+    near, far = DEFINED[name], STAGES[name]
+    before = source_hash(near)
+    for place in STAGES[name]: edit(sources, place, other_words)
+    assert source_hash(near) == before, 'a comment or a docstring'
+    edit(sources, far[1], other_code)
+    assert source_hash(near) == before, far[1]
+    edit(sources, far[0], other_code)
+    assert source_hash(near) != before, far[0]
+
+
+def test_what_a_stage_calls_is_among_what_it_reaches():
+    "Looked at from the other side: the functions of mapo that really run while a debate's answers are graded."
+    turns = example_turns(dict(ann=dict(p1=['so #### 8', '#### 9']), bob=dict(p1=['\\boxed{7}', 'none'])))
+    problems = pd.DataFrame(dict(problem_id=['p1'], kind=['number'], answer=['8'], question=['?']))
+    called = set()
+    def watch(frame, event, _):
+        file = Path(frame.f_code.co_filename)
+        if event == 'call' and file.parent == Path(mapo.__file__).parent:
+            called.add(f'mapo.{file.stem}.{frame.f_code.co_qualname.partition(".")[0]}')
+    sys.setprofile(watch)
+    try: grade(turns, problems)
+    finally: sys.setprofile(None)
+    assert len(called) > 5 and called <= set(code_behind(grade)), called - set(code_behind(grade))
+
+
+PACKAGE = {
+    '__init__': '',
+    'low': 'FACTOR = 2\ndef twice(x): return FACTOR*x\ndef idle(x): return x\n',
+    'table': 'KNOWN = {}\nKNOWN["a"] = 1\ndef read(): return KNOWN["a"]\n',
+    'shape': 'from . import low\nclass Base:\n    rate = 3\nclass Shape(Base):\n    def size(self, x): return low.twice(x)*self.rate\n',
+    'top': '''
+        from .shape import Shape
+        from functools import lru_cache
+        import example_code.table as tables
+        @lru_cache
+        def stage(draft, *, x):
+            from example_code import low
+            return Shape().size(low.twice(x)) + tables.read()
+        ''',
+}
+EDITS = [('low', 'FACTOR = 2', 'FACTOR = 3', True), ('low', 'return x\n', 'return -x\n', False), ('shape', 'rate = 3', 'rate = 4', True),
+         ('table', '= 1', '= 2', True), ('top', 'lru_cache\n', 'lru_cache # kept\n', False)]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    "A user's package with every way of using a name."
+    (tmp_path/'example_code').mkdir()
+    for name, text in PACKAGE.items(): (tmp_path/'example_code'/f'{name}.py').write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    runs._file.cache_clear()
+    forget()
+    yield tmp_path/'example_code'
+    for name in [m for m in sys.modules if m.partition('.')[0] == 'example_code']: del sys.modules[name]
+    runs._file.cache_clear()
+    forget()
+
+
+@pytest.mark.parametrize('module, old, new, noticed', EDITS)
+def test_both_forms_of_import_constants_tables_and_bases(package, module, old, new, noticed):
+    from example_code.top import stage as fn
+    before = own_hash(fn)
+    path = package/f'{module}.py'
+    path.write_text(path.read_text().replace(old, new))
+    forget()
+    assert (own_hash(fn) != before) == noticed
+
+
+def test_a_users_stage_has_another_key_when_its_code_differs(tmp_path):
+    def numbers(factor):
+        @stage(version=1)
+        def made(draft, *, n):
+            draft.write('numbers', pd.DataFrame(dict(x=[factor*n])))
+        return made
+    run = Run('own', {}, root=tmp_path)
+    assert run.stage(numbers(2), n=1).key != run.stage(numbers(3), n=1).key == run.stage(numbers(3), n=1).key
+
+
+def test_a_function_as_an_input(tmp_path):
+    "mapo's own is keyed by name, as its code is recorded; a user's by its code."
+    def mine(x): return x
+    assert runs.canonical(methods.benchmark) == dict(function='mapo.methods.benchmark')
+    before = runs.canonical(mine)
+    def mine(x): return x+1
+    assert runs.canonical(mine) != before
+    assert 'mapo.problems.split_problems' in runs._code_of(methods.make_problems, dict(how=(methods.benchmark,)))
+
+
+def test_stale_code_is_named(tmp_path, monkeypatch, capsys):
+    run = Run('stale', {}, root=tmp_path)
+    @stage(version=1)
+    def graded(draft, *, n):
+        from mapo.rewards import grade
+        draft.write('numbers', pd.DataFrame(dict(x=[n])))
+    monkeypatch.delenv('MAPO_STRICT', raising=False)
+    run.stage(graded, n=1)
+    digest = runs._digest_of
+    monkeypatch.setattr(runs, '_digest_of', lambda *place: '0'*16 if place == ('mapo.answers', 'extract_answer') else digest(*place))
+    run.stage(graded, n=1)
+    assert "made by other code than today's (answers.extract_answer changed): --fresh graded" in capsys.readouterr().err
+    monkeypatch.setenv('MAPO_STRICT', '1')
+    with pytest.raises(StaleCode, match='answers.extract_answer changed'): run.stage(graded, n=1)
