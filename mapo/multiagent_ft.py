@@ -286,9 +286,9 @@ def build_lessons(draft:Draft, *, turns:Artifact, scores:tuple, agents:tuple, sc
     draft.write('counts', pd.concat([counts for _, counts in built], ignore_index=True))
 
 def _spoken(turns, scores, *names): # turns that are voted on, with their scores
-    from mapo.rewards import with_scores
-    spoken = turns.read('turns').query("role != 'summarizer'")
-    return with_scores(spoken, pd.concat([part.read('scores') for part in scores], ignore_index=True).drop_duplicates(['turn_id', 'name']), *names)
+    from mapo.rewards import answering, with_scores
+    said = turns.read('turns')
+    return with_scores(said[answering(said)], pd.concat([part.read('scores') for part in scores], ignore_index=True).drop_duplicates(['turn_id', 'name']), *names)
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #79c32c45
 def lessons_of(
@@ -367,7 +367,7 @@ def preferences(
 def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artifact, critics:Team, seed:int, temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "Let critics compare first answers that differ, in both orders. No gold answer is read."
     from mapo.engines import Sampling
-    from mapo.rewards import canonical_answers, read_answers, score_rows, with_scores
+    from mapo.rewards import answering, canonical_answers, read_answers, score_rows, with_scores
     from mapo.sampling import Engines, ask_judges, sample_rounds
     table = problems.read('problems').drop(columns=['answer', 'solution'])
     asked = disputes(_spoken(turns, (answers,), 'answer'), table)
@@ -378,7 +378,8 @@ def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artif
     found = asked.merge(pd.DataFrame(dict(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1], said=canonical_answers(said, table))), on=['first', 'second'])
     found['verdict'] = found['first'].where(found['said'] == found['answer'], found['second'].where(found['said'] == found['answer_other'], None))
     won = preferences(found)
-    first = turns.read('turns').query("role != 'summarizer'")
+    first = turns.read('turns')
+    first = first[answering(first)]
     draft.write('scores', score_rows(first, 'preferred', 'critics-1', value=first['turn_id'].map(won).to_numpy(float)))
     draft.write('judged', found[['problem_id', 'first', 'second', 'verdict']])
     draft.write('turns', said.drop(columns='answer'))
@@ -404,8 +405,8 @@ def read_out(
     problems:pd.DataFrame, # for the `kind` of their answers
 )->pd.DataFrame: # `readout, problem_id, n, c`: answers by which a problem is judged, and how many are right
     "How a debate's first answers, their vote and the last vote did."
-    from mapo.rewards import canonical_answers
-    turns = turns[turns['role'] != 'summarizer']
+    from mapo.rewards import answering, canonical_answers
+    turns = turns[answering(turns)]
     first = turns[turns['round'] == 0].groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index().assign(readout='alone')
     right = turns.assign(answer=canonical_answers(turns, problems)).groupby(['problem_id', 'answer'])['correct'].max()
     voted = votes.assign(n=1, c=[right.get((p, a), 0.) for p, a in zip(votes['problem_id'], votes['answer'])])
@@ -621,7 +622,7 @@ def _conversations(steps, n=2): # a few evaluated problems of the first seed, as
         said = step['measured']['said'].read('turns')
         right = step['measured']['graded'].read('scores').query("name == 'correct'").set_index('turn_id')['value']
         said = said.assign(arm=step['arm'], correct=said['turn_id'].map(right))
-        mixed = said[said['role'] != 'summarizer'].groupby('problem_id')['correct'].nunique()
+        mixed = said.groupby('problem_id')['correct'].nunique()
         few = said[said['problem_id'].isin(sorted(mixed.index[mixed > 1])[:n])]
         turns.append(few)
         contexts.append(step['measured']['said'].read('contexts').query('context_id in @few.context_id'))
