@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LICENCES', 'licensed', 'Serving', 'Where', 'make_problems', 'benchmark', 'sample_alone', 'sample_debate',
            'vote_turns', 'grade_turns', 'score_turns', 'flip_scores', 'scored', 'build_data', 'build_reward_data',
-           'nothing', 'tune_sft', 'tune_dpo', 'tune_reward', 'trained', 'write_rates']
+           'nothing', 'tune_sft', 'tune_dpo', 'tune_reward', 'trained', 'write_rates', 'made_of', 'told_apart',
+           'testable']
 
 # %% ../nbs/api/14_methods.ipynb #90bd44c7
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -307,3 +308,47 @@ def write_rates(
     write_json(folder/'manifest.json', dict(run=run.id, settings=asdict(settings), hardware=about['machine'], cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
                | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
     return folder
+
+# %% ../nbs/api/14_methods.ipynb #ce6f6d63
+def made_of(
+    arm, # of an experiment: a frozen dataclass with `name`, and `settings`
+    s,   # settings of the experiment
+)->tuple: # equal for arms that do the same under these settings
+    "Everything that decides what an arm does, which its name does not."
+    return tuple(getattr(arm, f.name) for f in fields(arm) if f.name not in ('name', 'changes', 'sweep')), arm.settings(s)
+
+def told_apart(
+    pairs:list, # [[a, b], ...] of arms, or of an arm's iterations (`ARM@1`)
+    arms:dict,  # name -> arm
+    s,          # settings of the experiment
+)->tuple[list,list]: # the pairs that differ, and [[a, b, reason], ...] of those that do not
+    "Drop comparisons of an arm with itself under another name, and those that repeat an earlier one in this way."
+    from mapo.report import arm_label
+    kept,dropped = [],[]
+    made = lambda pair: [(made_of(arms[side.partition('@')[0]], s), side.partition('@')[2]) for side in pair]
+    for pair in pairs:
+        what = made(pair)
+        twin = next((other for other in kept if made(other) == what), pair)
+        if what[0] == what[1]: dropped.append([*pair, 'which are one arm under these settings'])
+        elif twin != pair: dropped.append([*pair, f'which is {arm_label(twin[0])} against {arm_label(twin[1])} under these settings'])
+        else: kept.append(pair)
+    return kept,dropped
+
+# %% ../nbs/api/14_methods.ipynb #610ce8b5
+def testable(
+    claims:list, # as for `mapo.report.claims_table`; `tiny`: why a claim cannot be tested with tiny models
+    ran:set,     # names of the arms that were run
+    arms:dict,   # name -> arm
+    s,           # settings of the experiment
+    tiny:bool,   # are the models tiny?
+)->list: # the claims of which a test can be made, with all their tests
+    "The claims of a run; what cannot be tested says why."
+    from mapo.report import arm_label
+    can = lambda claim: [test for test in claim['tests'] if {side.partition('@')[0] for side in test} <= ran]
+    dropped = {(a, b): f'it holds {arm_label(a)} against {arm_label(b)}, {why}' for a, b, why in told_apart([t for c in claims for t in can(c)], arms, s)[1]}
+    found = []
+    for claim in filter(can, claims):
+        reasons = [claim.get('untestable'), claim.get('tiny') if tiny else None, *(dropped.get(tuple(test)) for test in claim['tests'])]
+        said = {k: v for k, v in claim.items() if k not in ('tiny', 'untestable')}
+        found.append(said | {'untestable': reason for reason in [*filter(None, reasons)][:1]})
+    return found

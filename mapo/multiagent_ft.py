@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate, trained, tune_dpo, tune_sft, vote_turns,
+from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate, testable, told_apart, trained, tune_dpo, tune_sft, vote_turns,
                           write_rates)
 from .runs import Artifact, Draft, Run, stage
 from .tiny import QUOTE, ROLES
@@ -465,21 +465,35 @@ def diversity(run:Run, s:MultiagentFT, problems:Artifact, step:dict)->Artifact:
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #44181915
 COMPARISONS = [['multiagent_ft', 'debate'], ['multiagent_ft', 'majority_ft'], ['multiagent_ft', 'star'], ['multiagent_ft', 'single_agent'], ['multiagent_ft', 'single_agent_total']]
-CLAIMS = [
-    dict(claim='Voting and debate improve on one answer', paper='base 45.60, majority 47.20, debate 53.40', tests=[['majority', 'base'], ['debate', 'majority']]),
-    dict(claim='Multiagent finetuning improves on debate', paper='53.40 to 58.80', tests=[['multiagent_ft', 'debate']]),
-    dict(claim='... and on finetuning one model', paper='majority FT 48.60, STaR 51.80, multiagent FT 58.80', tests=[['multiagent_ft', 'majority_ft'], ['multiagent_ft', 'star']]),
-    dict(claim='Several agents are better than one in all seats', paper='single-agent FT 56.80, without debate 50.20, multiagent FT 58.80', tests=[['multiagent_ft', 'single_agent'], ['multiagent_ft@1', 'single_agent_alone']]),
-    dict(claim='... which heat does not repair', paper='Figure 10 (temperature 2); its numbers are not at hand', tests=[['multiagent_ft@1', 'single_agent_hot']]),
-    dict(claim='Summaries help', paper='without 55.00, with 58.80', tests=[['multiagent_ft@1', 'multiagent_ft_no_summary']]),
-    dict(claim='Critics help', paper='without 56.60, with 58.80', tests=[['multiagent_ft@1', 'multiagent_ft_no_critics']]),
-    dict(claim="Critics' preferences are worth more than the majority's", paper='not in the paper; its reviewers asked', tests=[['debate_dpo', 'debate_dpo_majority'], ['debate_dpo', 'multiagent_ft@1']]),
-    dict(claim='Five agents are better than three', paper='Table 4, Phi-3: 58.80 to 60.40', tests=[['multiagent_ft_five', 'multiagent_ft@1']]),
-    dict(claim='A name of its own makes no agent', paper='Table 5, LLaMA-3: debate 51.60, with IDs 50.80', tests=[['multiagent_ft@1', 'unique_ids']]),
-    dict(claim='Cooperation profits too', paper='Table 3, GPT-3.5: 53.60 to 56.40', tests=[['cooperative_ft', 'cooperative']]),
-    dict(claim='Tuned agents that do not interact are still better than a single tuned one', paper="authors' answer to reviewers; no numbers", tests=[['multiagent_ft_no_interaction', 'single_agent@1']]),
-    dict(claim='More iterations improve further', paper='Figure 1 (also in the text): 58.8 to 66.0 after five', tests=[['multiagent_ft@2', 'multiagent_ft@1']]),
-    dict(claim='... but not a single agent', paper='Figure 1: its curve falls from the third on; read off a plot', tests=[['single_agent@2', 'single_agent@1']])]
+CLAIMS = [ # Table 1 is of one iteration (L = 1), so the claims that quote it are read after the first
+    dict(claim='Voting and debate improve on one answer', paper='base 45.60, majority 47.20, debate 53.40',
+         refuted_if='the vote is below one answer, or the debate below the vote', tests=[['majority', 'base'], ['debate', 'majority']]),
+    dict(claim='Multiagent finetuning improves on debate', paper='53.40 to 58.80', refuted_if='it is below the untrained debate', tests=[['multiagent_ft@1', 'debate']]),
+    dict(claim='... and on finetuning one model', paper='majority FT 48.60, STaR 51.80, multiagent FT 58.80',
+         refuted_if='it is below majority FT, or below STaR, which is told gold answers', tests=[['multiagent_ft@1', 'majority_ft@1'], ['multiagent_ft@1', 'star@1']]),
+    dict(claim='Several agents are better than one in all seats', paper='single-agent FT 56.80, multiagent FT 58.80',
+         refuted_if='it is below one model that learnt from the same turns', tests=[['multiagent_ft@1', 'single_agent@1']]),
+    dict(claim='... and than one that is tuned and asked alone', paper='single-agent FT without debate 50.20, multiagent FT 58.80',
+         refuted_if='it is below a tuned model that answers once', tests=[['multiagent_ft@1', 'single_agent_alone']]),
+    dict(claim='... also where that one takes as many updates as all of them', paper='not tested there',
+         refuted_if='it is below one model with as many updates in total', tests=[['multiagent_ft@1', 'single_agent_total@1']]),
+    dict(claim='... which heat does not repair', paper='Figure 10 (temperature 2); its numbers are not at hand',
+         refuted_if='one model at temperature 2 is not below it', tests=[['multiagent_ft@1', 'single_agent_hot']],
+         tiny='at temperature 2 hardly two answers of the tiny model agree, and the updates see those few dozens of times: no arm at that heat could have come out otherwise'),
+    dict(claim='Summaries help', paper='without 55.00, with 58.80', refuted_if='it is below itself without summaries', tests=[['multiagent_ft@1', 'multiagent_ft_no_summary']]),
+    dict(claim='Critics help', paper='without 56.60, with 58.80', refuted_if='it is below itself without critics', tests=[['multiagent_ft@1', 'multiagent_ft_no_critics']]),
+    dict(claim="Critics' preferences are worth more than the majority's", paper='not in the paper; its reviewers asked',
+         refuted_if="DPO on critics' judgements is below DPO on the majority's, or below Multiagent FT", tests=[['debate_dpo', 'debate_dpo_majority'], ['debate_dpo', 'multiagent_ft@1']]),
+    dict(claim='Five agents are better than three', paper='Table 4, Phi-3: 58.80 to 60.40', refuted_if='five are below three', tests=[['multiagent_ft_five', 'multiagent_ft@1']]),
+    dict(claim='A name of its own makes no agent', paper='Table 5, LLaMA-3: debate 51.60, with IDs 50.80',
+         refuted_if='names alone lift the debate, or lift it above training', tests=[['debate', 'unique_ids'], ['multiagent_ft@1', 'unique_ids']]),
+    dict(claim='Cooperation profits too', paper='Table 3, GPT-3.5: 53.60 to 56.40', refuted_if='tuned cooperation is below untrained cooperation', tests=[['cooperative_ft', 'cooperative']]),
+    dict(claim='Tuned agents that do not interact are still better than a single tuned one', paper="authors' answer to reviewers, about diversity; no numbers",
+         refuted_if='they are less diverse than it', tests=[['multiagent_ft_no_interaction', 'single_agent@1']],
+         untestable='the answer to reviewers is about diversity, which is not measured where one generator sits in all seats; the accuracies are beside the point'),
+    dict(claim='More iterations improve further', paper='Figure 1 (also in the text): 58.8 to 66.0 after five', refuted_if='the second iteration is below the first', tests=[['multiagent_ft@2', 'multiagent_ft@1']]),
+    dict(claim='... but not a single agent', paper='Figure 1: its curve falls from the third on; read off a plot',
+         refuted_if='its second iteration is above its first', tests=[['single_agent@1', 'single_agent@2']])]
 _MAIN = ['debate', 'star', 'majority_ft', 'single_agent', 'single_agent_total', 'multiagent_ft']
 FIGURES = dict(accuracy=['majority', 'debate', 'star', 'majority_ft', 'single_agent', 'single_agent_total', 'multiagent_ft'],
                ablations=['multiagent_ft', 'multiagent_ft_no_summary', 'multiagent_ft_no_critics', 'multiagent_ft_ids', 'multiagent_ft_no_interaction', 'single_agent_alone', 'single_agent_total', 'single_agent_hot'],
@@ -541,7 +555,8 @@ def write_record(
     rows = pd.concat([readouts(step['arm'], step['seed'], step, problems) for step in steps], ignore_index=True)
     own = rows[rows['agent'] == rows['arm'].map(lambda a: ARMS[a].readout)].assign(agent='team')
     arms = {arm for arm, _ in done}
-    manifest = dict(run=run.id, comparisons=[c for c in COMPARISONS if {*c} <= arms], claims=_testable(arms), figures=_drawable(arms),
+    comparisons,same = told_apart([c for c in COMPARISONS if {*c} <= arms], ARMS, s)
+    manifest = dict(run=run.id, comparisons=comparisons, not_compared=same, claims=testable(CLAIMS, arms, ARMS, s, s.model.startswith('tiny:')), figures=_drawable(arms),
                     bases={a: b for a, b in BASES.items() if {a, b} <= arms},
                     settings=asdict(s), hardware=about['machine'], seeds_vary='Each seed debates, chooses and trains anew, from the same first model.', cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
     save_record(folder, own, _costs(steps), manifest | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
@@ -553,10 +568,6 @@ def write_record(
     return folder
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #bff5a488
-def _testable(arms): # the claims, with the tests that these arms allow
-    known = lambda tests: [test for test in tests if {side.partition('@')[0] for side in test} <= arms]
-    return [c | dict(tests=known(c['tests'])) for c in CLAIMS if known(c['tests'])]
-
 def _drawable(arms): # the figures, where they show more than the first one
     shown = {name: [a for a in some if a in arms] for name, some in FIGURES.items()}
     return {name: some if name in ('accuracy', 'readouts', 'diversity') or set(some) - set(FIGURES['accuracy']) else [] for name, some in shown.items()}

@@ -8,8 +8,9 @@ __all__ = ['arms', 'palette', 'house', 'measures', 'readouts_in_order', 'flips_i
            'Picture', 'save_figure', 'base_arms', 'plot_accuracy', 'plot_agents', 'plot_arms', 'plot_cost',
            'count_pairs', 'plot_teaching', 'plot_training', 'choose_rates', 'plot_rates', 'average_diversity',
            'diversity_table', 'plot_diversity', 'readouts_table', 'plot_readouts', 'flips_table', 'plot_flips',
-           'sweep_table', 'plot_sweep', 'results_table', 'claims_table', 'flag_failures', 'flag_selection',
-           'show_pairs', 'save_record', 'load_record', 'figure_arms', 'redraw', 'compare_to_record']
+           'sweep_table', 'plot_sweep', 'results_table', 'comparisons_table', 'claims_table', 'flag_failures',
+           'flag_selection', 'show_pairs', 'save_record', 'load_record', 'correct_record', 'figure_arms', 'claims_note',
+           'redraw', 'compare_to_record']
 
 # %% ../nbs/api/11_report.ipynb #09c18659
 import io
@@ -32,7 +33,7 @@ from matplotlib.transforms import Bbox, offset_copy
 from scipy import stats
 
 from .agents import escape, printable
-from .evaluation import accuracy, bases, budget, cell, check_rows, compare, compare_checkpoints, cost_columns, differences, holm, last_iteration, one_seed, paired, part
+from .evaluation import accuracy, bases, budget, cell, check_rows, compare, compare_checkpoints, cost_columns, differences, holm, is_itself, last_iteration, one_seed, paired, part
 
 # %% ../nbs/api/11_report.ipynb #c81e1e7d
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Shown:
 # %% ../nbs/api/11_report.ipynb #1f1a7c27
 arms = { # name: (label, colour, marker), in the order in which tables list them
     'base': ('base', '#595959', 'D'),
-    'sft_own': ('SFT, own positives', '#7FBC41', 'v'),
+    'sft_own': ('rejection sampling, missed problems', '#7FBC41', 'v'),
     'sft_hybrid': ('SFT, hybrid positives', '#009E73', '^'),
     'dpo': ('DPO, own pairs', '#56B4E9', 'd'),
     'dpo_nll': ('DPO+NLL, own pairs', '#0072B2', 's'),
@@ -108,9 +109,9 @@ arms |= {
     'star_sa_vote_nine': ('STaR, single agent, vote of 9', '#2B5A17', 'v'),
     'star_ma': ('STaR, G-V-R', '#7CC9B5', '^'),
     'star_ma_vote': ('STaR, G-V-R, vote', '#00785A', '^'),
-    'star_ma_long_vote': ('STaR, G-V-R, vote, equal updates', '#00785A', 'd'),
-    'gold_sft': ('generator, SFT on gold', '#8C7A00', 'D'),
-    'gold_sft_nine': ('generator, SFT on gold, vote of 9', '#4D4300', 'D'),
+    'star_ma_long_vote': ('STaR, G-V-R, vote, longer training', '#00785A', 'd'),
+    'gold_sft': ('generator, rejection sampling, vote', '#8C7A00', 'D'),
+    'gold_sft_nine': ('generator, rejection sampling, vote of 9', '#4D4300', 'D'),
     'malt_one': ('MALT without vote', '#E3A857', 'o'),
     'malt': ('MALT', '#A65A00', 'o'),
     'malt_generator_dpo': ('MALT, generator with DPO', '#6B3E00', 's'),
@@ -180,7 +181,7 @@ def _column(values):
     if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
         return [_text(v, values.name in ('arm', 'a', 'b')) for v in values]
     if values.name == 'learning_rate': return [_rate(v) for v in values]
-    if values.name in ('p', 'p_holm'): return ['<.001' if v < .001 else _number(v, '.3f') for v in values]
+    if str(values.name).removeprefix('greedy_') in ('p', 'p_holm'): return ['<.001' if v < .001 else _number(v, '.3f') for v in values]
     large = values.abs().max()
     counts = pd.api.types.is_integer_dtype(values) or large > 1 and (values.dropna() % 1 == 0).all()
     form = ',.0f' if counts or large >= 100 else ',.1f' if large >= 10 else '.3f'
@@ -909,29 +910,73 @@ def results_table(
     return table.loc[arm_order(table.index)].reset_index()
 
 # %% ../nbs/api/11_report.ipynb #9f3313f2
-def _verdict(tests):
-    "What a claim's tests say together."
-    if tests.difference.isna().any(): return 'not tested'
-    if (tests.scope == one_seed).any(): return f'undecided: {one_seed}'
-    clear = tests.p_holm < .05
-    if (clear & (tests.difference < 0)).any(): return 'fails'
-    return 'holds' if (clear & (tests.difference > 0)).all() else 'undecided'
+_greedy = ['greedy', 'greedy_low', 'greedy_high', 'greedy_p', 'greedy_p_holm']
 
+def _both(rows, pairs):
+    "Differences of sampled answers and, where both sides were asked for them, of greedy ones; each metric is corrected over the list."
+    table = compare(rows, pairs)
+    asked = [pair for pair in pairs if all(part(rows, side).greedy.notna().all() for side in pair)]
+    if not asked: return table
+    greedy = compare(rows, asked, 'greedy').rename(columns=dict(zip(['difference', 'low', 'high', 'p', 'p_holm'], _greedy)))
+    greedy[_greedy] = greedy[_greedy].round(12) + 0. # what is zero but for rounding is zero on every machine
+    both = table.merge(greedy[['a', 'b', *_greedy]], on=['a', 'b'], how='left')
+    return both[['a', 'b', 'difference', 'low', 'high', 'p', 'p_holm', *_greedy, 'seeds', 'problems', 'scope']]
+
+def comparisons_table(
+    rows:pd.DataFrame, # compact rows
+    comparisons:list, # pairs (a, b), named beforehand, as for `compare`
+    controls:list=(), # pairs that were added when the numbers were known; a family of their own
+)->pd.DataFrame: # as from `compare`; `greedy` with `_low, _high, _p, _p_holm` where it was asked; `named` 'beforehand' or 'afterwards' where there are controls
+    "Hold arms against each other, sampled and greedy."
+    families = dict(beforehand=comparisons, afterwards=controls)
+    tables = [_both(rows, [tuple(p) for p in pairs]).assign(named=name) for name, pairs in families.items() if len(pairs)]
+    if not tables: raise ValueError('there are no two arms to compare: name pairs (a, b)')
+    return pd.concat(tables, ignore_index=True).drop(columns=[] if len(controls) else 'named')
+
+# %% ../nbs/api/11_report.ipynb #4c2f19b0
+def _why_not(rows, a, b):
+    "Why a test cannot be made; empty where it can."
+    lost = [arm_label(name) for name in (a, b) if part(rows, name).empty]
+    if lost: return f'this run has no {" and no ".join(lost)}'
+    return f'{arm_label(a)} and {arm_label(b)} are the same here' if is_itself(rows, a, b) else ''
+
+def _verdict(tests, difference, p, p_holm):
+    "What a claim's tests say together by one metric."
+    if (tests.scope == one_seed).any(): return f'undecided: {one_seed}'
+    done = tests[tests.why == '']
+    if ((done[difference] < 0) & (holm(done[p].fillna(1)) < .05)).any(): return 'fails'
+    reasons = tests.why[tests.why != '']
+    if len(reasons): return f'not testable here: {reasons.iloc[0]}'
+    return 'holds' if ((tests[p_holm] < .05) & (tests[difference] > 0)).all() else 'undecided'
+
+def _verdicts(tests, untestable):
+    "The verdict by sampled answers, and by greedy ones where it is another."
+    if untestable: return f'not testable here: {untestable}'
+    sampled = _verdict(tests, 'difference', 'p', 'p_holm')
+    greedy = _verdict(tests, 'greedy', 'greedy_p', 'greedy_p_holm') if tests.greedy.notna().any() else sampled
+    return sampled if sampled == greedy else f'{sampled} sampled, {greedy} greedy'
+
+# %% ../nbs/api/11_report.ipynb #e442c675
 def claims_table(
-    claims:list, # dicts with `claim` (in words), `paper` (its numbers and where they stand; say if read off a plot), `tests` [[a, b], ...]
+    claims:list, # dicts with `claim` (in words), `paper` (its numbers and where they stand; say if read off a plot), `tests` [[a, b], ...], `refuted_if` (in words), and `untestable`, the reason, if it cannot be tested
     rows:pd.DataFrame, # compact rows
     primary:list=(), # the primary comparisons, as for `compare`
-)->pd.DataFrame: # a row per test: `claim, paper, a, b, difference, low, high, p_holm, family` ('primary' or 'further'), `scope, verdict` (of the claim)
+)->pd.DataFrame: # a row per test: `claim, paper, refuted_if, a, b, control` (was `b` 'trained'?), `difference, low, high, p_holm`, the same for `greedy` where it was asked, `family` ('primary' or 'further'), `scope, verdict` (of the claim)
     "Hold a paper's claims against this run's paired comparisons."
-    tests = pd.DataFrame([dict(claim=c['claim'], paper=c['paper'], a=a, b=b) for c in claims for a, b in c['tests']])
-    known = lambda a, b: not part(rows, a).empty and not part(rows, b).empty
-    asked = list(dict.fromkeys(zip(tests.a, tests.b)))
-    families = dict(primary=[tuple(c) for c in primary], further=[t for t in asked if t not in set(map(tuple, primary)) and known(*t)])
-    done = [compare(rows, pairs).assign(family=name) for name, pairs in families.items() if pairs]
-    results = ['difference', 'low', 'high', 'p_holm', 'family', 'scope']
+    idle = [c['claim'] for c in claims if not c.get('refuted_if')]
+    if idle: raise ValueError(f'claim {idle[0]!r} does not say what would count against it: give it a `refuted_if`')
+    tests = pd.DataFrame([dict(claim=c['claim'], paper=c['paper'], refuted_if=c['refuted_if'], a=a, b=b, why=_why_not(rows, a, b)) for c in claims for a, b in c['tests']])
+    asked = list(dict.fromkeys(zip(tests.a[tests.why == ''], tests.b[tests.why == ''])))
+    first = [tuple(c) for c in primary]
+    families = dict(primary=first, further=[t for t in asked if t not in first])
+    done = [_both(rows, pairs).assign(family=name) for name, pairs in families.items() if pairs]
+    results = ['difference', 'low', 'high', 'p', 'p_holm', *_greedy, 'family', 'scope']
     found = pd.concat(done) if done else pd.DataFrame(columns=['a', 'b', *results], dtype=float)
-    table = tests.merge(found[['a', 'b', *results]], on=['a', 'b'], how='left')
-    return table.assign(verdict=table.claim.map({claim: _verdict(own) for claim, own in table.groupby('claim')}))
+    table = tests.merge(found.reindex(columns=['a', 'b', *results]), on=['a', 'b'], how='left')
+    reasons = {c['claim']: c.get('untestable', '') for c in claims}
+    table['verdict'] = table.claim.map({claim: _verdicts(own, reasons[claim]) for claim, own in table.groupby('claim')})
+    table.insert(5, 'control', [('' if own.empty else 'trained' if own.iteration.max() else 'untrained') for own in (part(rows, b) for b in table.b)])
+    return table.drop(columns=['why', 'p', 'greedy_p'] if table.greedy.notna().any() else ['why', 'p', *_greedy])
 
 # %% ../nbs/api/11_report.ipynb #f1b357a2
 def _fall(arm, line):
@@ -1034,7 +1079,7 @@ def save_record(
     folder, # figures/record/PAPER
     rows:pd.DataFrame, # compact rows
     costs:pd.DataFrame, # cost table, see `budget`
-    manifest:dict, # `run` (id), `command`, `commit`, `parameters`, `hardware`; `comparisons` [[a, b], ...]; `claims`, see `claims_table`; `figures`, see `figure_arms`; `bases`, see `base_arms`; `seeds_vary` (a sentence)
+    manifest:dict, # `run` (id), `command`, `commit`, `parameters`, `hardware`; `comparisons` [[a, b], ...]; `not_compared` [[a, b, reason], ...]; `claims`, see `claims_table`; `figures`, see `figure_arms`; `bases`, see `base_arms`; `seeds_vary` (a sentence)
     pairs:pd.DataFrame=None, # counts by arm, as from `count_pairs`
     training:pd.DataFrame=None, # see `plot_training`
     selection:pd.DataFrame=None, # see `flag_selection`
@@ -1063,6 +1108,24 @@ def load_record(
     missing = [n for n in ('results.parquet', 'budget.csv', 'manifest.json') if not (folder/n).is_file()]
     if missing: raise FileNotFoundError(f"{folder} is not a record: it has no {', '.join(missing)}; `save_record` writes all three")
     return check_rows(pd.read_parquet(folder/'results.parquet')), pd.read_csv(folder/'budget.csv'), json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+
+# %% ../nbs/api/11_report.ipynb #ff1cfcbb
+def correct_record(
+    folder, # figures/record/PAPER
+    date:str, # of the correction: '2026-11-28'
+    why:str, # what was wrong, in a sentence
+    **words, # `claims`, as for `claims_table`, or `controls`, as for `comparisons_table`
+)->dict: # the manifest, with `corrections` [{date, words, why}, ...]
+    "Replace claims or controls in a record's manifest, and say so in it."
+    unknown = [name for name in words if name not in ('claims', 'controls')]
+    if unknown: raise ValueError(f'{unknown[0]!r} was recorded and stays as it is: claims and controls are words and can be corrected')
+    file = Path(folder)/'manifest.json'
+    manifest = json.loads(file.read_text(encoding='utf-8'))
+    new = {name: value for name, value in words.items() if manifest.get(name) != value}
+    if new:
+        manifest |= new | dict(corrections=[*manifest.get('corrections', []), dict(date=date, words=sorted(new), why=why)])
+        file.write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
+    return manifest
 
 # %% ../nbs/api/11_report.ipynb #5310760e
 groups = dict(
@@ -1154,18 +1217,34 @@ def _draw_readings(record, rows, manifest, folder):
     if len(table := read('sweep')): files += save_figure(plot_sweep(table, run), folder, 'sweep') + save_table(sweep_table(table), folder, 'sweep', f'95 % intervals. Run {run}.')
     return files
 
+def _corrected(manifest):
+    "When and why words of a record were corrected."
+    return ''.join(f" {', '.join(c['words']).capitalize()} corrected on {c['date']}: {c['why']}" for c in manifest.get('corrections', []))
+
+def _named(manifest):
+    "What a table of comparisons has to say about its list."
+    same = ''.join(f' Not compared: {arm_label(a)} and {arm_label(b)}, {why}.' for a, b, why in manifest.get('not_compared', []))
+    return 'Primary comparisons, named beforehand' + (', and controls added afterwards' if manifest.get('controls') else '') + f'; p holm: corrected over this list, sampled and greedy each.{same}'
+
 def _draw_comparisons(rows, manifest, folder):
     "The tables that compare arms."
     pairs, claims, run, files = [tuple(c) for c in manifest.get('comparisons', [])], manifest.get('claims', []), manifest['run'], []
     varied = f" {manifest['seeds_vary']}" if manifest.get('seeds_vary') else ''
     if pairs:
-        files += save_table(compare(rows, pairs), folder, 'comparisons', f'Primary comparisons, named beforehand; p holm: corrected over this list.{varied} Run {run}.')
+        table = comparisons_table(rows, pairs, [tuple(c) for c in manifest.get('controls', [])])
+        files += save_table(table, folder, 'comparisons', f'{_named(manifest)}{varied} Run {run}.')
         note = f'Descriptive: {one_seed}, seed by seed. Interval: bootstrap of problems; p: McNemar on the problems that most of the agents answer right greedily, uncorrected. Run {run}.'
         files += save_table(compare_checkpoints(rows, pairs), folder, 'checkpoints', note)
-    if claims:
-        note = f'Intervals are not corrected, verdicts are: p holm over the primary comparisons for those, over all further tests for the others.{varied} Run {run}.'
-        files += save_table(claims_table(claims, rows, pairs), folder, 'claims', note)
+    if claims: files += save_table(claims_table(claims, rows, pairs), folder, 'claims', f'{claims_note(manifest)}{varied} Run {run}.')
     return files
+
+# %% ../nbs/api/11_report.ipynb #0d8f24e5
+def claims_note(
+    manifest:dict, # of the record
+)->str: # what stands below its table of claims
+    "How verdicts were reached, and what was corrected since."
+    return ('A claim holds if all its tests are above zero after Holm\'s correction, over the primary comparisons for those, over all further tests for the others; '
+            f'it fails if one is below zero after the correction over its own tests. Control: was b trained?{_corrected(manifest)}')
 
 # %% ../nbs/api/11_report.ipynb #82834de2
 def redraw(

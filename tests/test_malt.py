@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from mapo.cli import checked, notebook, parameters
-from mapo.malt import (ARMS, COMPARISONS, CORE, MALT, Malt, all_arms, build_role_data, chosen_arms, make_harder, malt_experiment, malt_settings, other_critiques, verdict_row,
+from mapo.malt import (ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, all_arms, build_role_data, chosen_arms, make_harder, malt_experiment, malt_settings, other_critiques, verdict_row,
                        word_problems)
-from mapo.methods import make_problems, nothing
+from mapo.methods import make_problems, nothing, testable
 from mapo.pairs import Selection
 from mapo.report import load_record, redraw
 from mapo.rewards import example_tree
@@ -173,3 +173,11 @@ def test_there_are_enough_harder_problems_and_none_was_trained_on(preset, tmp_pa
     trained_on = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question, data='', n_train=s.n_train, n_dev=1, n_test=1, seed=s.problem_seed).read('problems')
     assert (harder.groupby('split').size() == s.n_hard).all()
     assert set(harder.problem_id).isdisjoint(trained_on.problem_id[trained_on.split == 'train'])
+
+
+def test_a_setting_that_makes_two_arms_one_drops_their_comparison():
+    "`generator_dpo=True` makes MALT what `malt_generator_dpo` is."
+    claim = next(c for c in CLAIMS if c['tests'] == [['malt', 'malt_generator_dpo']])
+    judge = lambda s: testable([claim], set(ARMS), ARMS, s, False)[0].get('untestable')
+    assert judge(MALT['paper']) is None
+    assert judge(MALT['paper_qwen']) == 'it holds MALT against MALT, generator with DPO, which are one arm under these settings'

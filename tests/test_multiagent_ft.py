@@ -6,9 +6,9 @@ import pytest
 
 from mapo.cli import checked, notebook, parameters
 from mapo.engines import TransformersEngine
-from mapo.multiagent_ft import (ARMS, CORE, MULTIAGENT_FT, MultiagentFT, learners, multiagent_ft, multiagent_ft_experiment, multiagent_ft_settings,
+from mapo.multiagent_ft import (ARMS, CLAIMS, CORE, MULTIAGENT_FT, MultiagentFT, learners, multiagent_ft, multiagent_ft_experiment, multiagent_ft_settings,
                                 problem_set, speakers, talk)
-from mapo.report import redraw
+from mapo.report import claims_table, load_record, redraw
 from mapo.runs import Run, stage
 
 SMALL = dict(n_train=6, n_dev=4, n_test=4, n_transfer=4, n_diversity=4, iterations=1, updates=1, batch_size=4, transfer='')
@@ -104,3 +104,26 @@ def test_core_is_what_its_record_draws(tmp_path):
     assert {'accuracy.png', 'readouts.png', 'diversity.png', 'claims.md', 'comparisons.md', 'results.md', 'cost.svg'} <= drawn
     readouts = pd.read_csv(record/'readouts.csv')
     assert set(readouts.readout) == {'alone', 'vote', 'debate', 'alone, greedy'}
+
+
+@pytest.mark.parametrize('updates', [0, 1])
+def test_no_comparison_holds_an_arm_against_itself(updates, tmp_path):
+    "Updates by epochs make `single_agent_total` another name of `single_agent`."
+    record = multiagent_ft_experiment(Run('total', dict(updates=updates), root=tmp_path), small(updates=updates, epochs=1.), 'single_agent,single_agent_total,multiagent_ft', [0], 'dev')
+    rows, _, manifest = load_record(record)
+    one, total = (rows[rows.arm == arm].drop(columns='arm').reset_index(drop=True) for arm in ('single_agent', 'single_agent_total'))
+    assert not updates or ['multiagent_ft', 'single_agent_total'] in manifest['comparisons']
+    if updates: return
+    assert one.equals(total), 'they are the same arm'
+    assert manifest['not_compared'] == [['multiagent_ft', 'single_agent_total', 'which is Multiagent FT against single-agent FT under these settings']]
+    assert ['multiagent_ft', 'single_agent_total'] not in manifest['comparisons'] and ['multiagent_ft', 'single_agent'] in manifest['comparisons']
+    verdict, = claims_table([c for c in manifest['claims'] if c['tests'] == [['multiagent_ft@1', 'single_agent_total@1']]], rows).verdict
+    assert verdict.startswith('not testable here: it holds Multiagent FT, iteration 1 against single-agent FT, equal total updates, iteration 1')
+    redraw(record, tmp_path/'figures')
+    assert 'Not compared: Multiagent FT and single-agent FT, equal total updates' in (tmp_path/'figures'/'comparisons.md').read_text()
+
+
+def test_claims_of_one_iteration_are_read_after_the_first():
+    for claim in CLAIMS:
+        trained = [side for test in claim['tests'] for side in test if ARMS[side.partition('@')[0]].models and not ARMS[side.partition('@')[0]].settings(MULTIAGENT_FT['tiny']).iterations == 1]
+        assert all('@' in side for side in trained), claim['claim']
