@@ -21,7 +21,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, Where, _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored, testable, told_apart, trained, tune_dpo, tune_sft, write_rates)
+from .methods import (Serving, Where, _build, grade_turns, licensed, make_problems, nothing, sample_debate, scored,
+                          testable, told_apart, trained, tune_dpo, tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .rewards import parent_rows, seeded_draw
 from .runs import Artifact, Draft, Run, stage
@@ -190,7 +191,8 @@ ARMS = {arm.name: arm for arm in (
     Arm('malt_gap', 'malt', votes=1, sweep=('gap', .5, 'malt'), changes=_gap),
     *(replace(arm, name=f'{arm.name}_harder', harder=True, sweep=('problems', 'harder', arm.name))
       for arm in (Arm('sa_vote', chain=(G,), votes=1), Arm('ma_vote', votes=1), Arm('star_ma_vote', 'star', votes=1), Arm('malt', 'malt', votes=1))))}
-CORE = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'malt_one', 'malt', 'malt_shuffled', 'gold_sft', 'gold_sft_nine')
+CORE = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'malt_one', 'malt',
+        'malt_shuffled', 'gold_sft', 'gold_sft_nine')
 
 # %% ../nbs/api/17_malt.ipynb #53f9ba51
 def chosen_arms(
@@ -571,37 +573,76 @@ def prompt_tokens(draft:Draft, *, turns:Artifact, model:Model):
     draft.write('prompts', pd.DataFrame([dict(engine=name, tokens=n, share_again=1 - distinct/n) for name, n in computed.items()]))
 
 # %% ../nbs/api/17_malt.ipynb #8fc57e6a
-MAIN = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'gold_sft', 'gold_sft_nine', 'malt_one', 'malt') # of the first figure
-COMPARISONS = [['malt', 'sa'], ['malt', 'star_ma_vote'], ['malt', 'gold_sft_nine'], ['malt', 'gold_sft'], ['malt_one', 'malt_shuffled']]
+MAIN = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'gold_sft', 'gold_sft_nine',
+        'malt_one', 'malt') # of the first figure
+COMPARISONS = [['malt', 'sa'], ['malt', 'star_ma_vote'], ['malt', 'gold_sft_nine'], ['malt', 'gold_sft'],
+               ['malt_one', 'malt_shuffled']]
 CLAIMS = [
-    dict(claim='MALT is better than a single model', paper='GSM8K 84.25 to 90.50, CSQA 74.50 to 81.50, MATH 49.50 to 57.25 (Table 1; MALT with a vote of 3)',
-         refuted_if='it is below one answer of the untrained generator', tests=[['malt', 'sa']]),
-    dict(claim='... than a vote of three single models', paper='86.75, 75.75, 52.50 against 90.50, 81.50, 57.25 (Table 1)',
-         refuted_if='it is below that vote', tests=[['malt', 'sa_vote']]),
-    dict(claim='... than the untrained chain with a vote', paper='87.00, 79.00, 53.50 (Table 1)', refuted_if='it is below the untrained chain', tests=[['malt', 'ma_vote']]),
-    dict(claim='... than STaR of all three roles with a vote', paper='86.75, 76.00, 53.75 (Table 1)', refuted_if='it is below STaR', tests=[['malt', 'star_ma_vote']]),
-    dict(claim='... also where STaR gives every role as many updates as MALT gives verifier and refiner', paper='not tested there',
-         refuted_if='it is below the longer STaR', tests=[['malt', 'star_ma_long_vote']]),
-    dict(claim='... and than a debate', paper='86.75, 71.25, 52.00 (Tables 2 and 7)', refuted_if='it is below the untrained debate', tests=[['malt', 'debate']]),
-    dict(claim='Without a vote MALT is not above a single model', paper='83.50 against 84.25 on GSM8K; 77.50 and 52.25 against 74.50 and 49.50 elsewhere (Table 1). The paper does not say so in words',
-         refuted_if='one pass of MALT is above one untrained answer', tests=[['sa', 'malt_one']]),
-    dict(claim='MALT is better than nine single answers that vote', paper='not tested there: MALT makes nine calls, its single-model baselines three',
-         refuted_if='it is below the untrained generator with as many calls', tests=[['malt', 'sa_vote_nine']]),
-    dict(claim='The gain is not that of more calls', paper='not tested there, nor with a trained control',
-         refuted_if='it is below the generator alone, trained by rejection sampling, with as many calls and updates', tests=[['malt', 'gold_sft_nine']]),
-    dict(claim='... nor that of more updates of the generator', paper='not tested there',
-         refuted_if='MALT is below the generator alone, trained by rejection sampling with as many updates, though it makes three calls', tests=[['malt', 'gold_sft']]),
-    dict(claim='Every role should be trained', paper='without G, V, R: GSM8K 87.00, 85.75, 86.25; MATH 54.25, 54.50, 55.25 (Table 4)',
-         refuted_if='it is below itself with a role untrained', tests=[['malt', 'no_generator'], ['malt', 'no_verifier'], ['malt', 'no_refiner']]),
-    dict(claim='Every role is needed', paper='G, G+V, G+R: GSM8K 84.75, 88.75, 84.75; MATH 54.00, 55.75, 54.75 (Table 5; how G+V is read is not described)',
-         refuted_if='it is below itself with a role left out', tests=[['malt', 'g_only'], ['malt', 'gv'], ['malt', 'gr']],
-         tiny='no role was trained on what these arms show or ask of it: a refiner reads an empty critique, a verifier is read for an answer, and the generator alone makes a third of the calls'),
-    dict(claim='DPO on the generator does not help', paper='MATH 52.25 with SFT, 51.25 with SFT and DPO (A.9, Llama); it helps Qwen',
-         refuted_if='MALT is below itself with DPO for the generator too', tests=[['malt', 'malt_generator_dpo']]),
-    dict(claim='Refiners read critiques', paper='taken for granted; not tested there',
-         refuted_if="it is below itself with another problem's critiques", tests=[['malt_one', 'malt_shuffled']]),
-    dict(claim='... and it matters to them whether a critique is right', paper='taken for granted; not tested there',
-         refuted_if='right critiques are below wrong ones', tests=[['malt_told_right', 'malt_told_wrong']])]
+    dict(claim='MALT is better than a single model',
+         paper='GSM8K 84.25 to 90.50, CSQA 74.50 to 81.50, MATH 49.50 to 57.25 (Table 1; MALT with a vote of 3)',
+         refuted_if='it is below one answer of the untrained generator',
+         tests=[['malt', 'sa']]),
+    dict(claim='... than a vote of three single models',
+         paper='86.75, 75.75, 52.50 against 90.50, 81.50, 57.25 (Table 1)',
+         refuted_if='it is below that vote',
+         tests=[['malt', 'sa_vote']]),
+    dict(claim='... than the untrained chain with a vote',
+         paper='87.00, 79.00, 53.50 (Table 1)',
+         refuted_if='it is below the untrained chain',
+         tests=[['malt', 'ma_vote']]),
+    dict(claim='... than STaR of all three roles with a vote',
+         paper='86.75, 76.00, 53.75 (Table 1)',
+         refuted_if='it is below STaR',
+         tests=[['malt', 'star_ma_vote']]),
+    dict(claim='... also where STaR gives every role as many updates as MALT gives verifier and refiner',
+         paper='not tested there',
+         refuted_if='it is below the longer STaR',
+         tests=[['malt', 'star_ma_long_vote']]),
+    dict(claim='... and than a debate',
+         paper='86.75, 71.25, 52.00 (Tables 2 and 7)',
+         refuted_if='it is below the untrained debate',
+         tests=[['malt', 'debate']]),
+    dict(claim='Without a vote MALT is not above a single model',
+         paper='83.50 against 84.25 on GSM8K; 77.50 and 52.25 against 74.50 and 49.50 elsewhere (Table 1). The '
+               'paper does not say so in words',
+         refuted_if='one pass of MALT is above one untrained answer',
+         tests=[['sa', 'malt_one']]),
+    dict(claim='MALT is better than nine single answers that vote',
+         paper='not tested there: MALT makes nine calls, its single-model baselines three',
+         refuted_if='it is below the untrained generator with as many calls',
+         tests=[['malt', 'sa_vote_nine']]),
+    dict(claim='The gain is not that of more calls',
+         paper='not tested there, nor with a trained control',
+         refuted_if='it is below the generator alone, trained by rejection sampling, with as many calls and updates',
+         tests=[['malt', 'gold_sft_nine']]),
+    dict(claim='... nor that of more updates of the generator',
+         paper='not tested there',
+         refuted_if='MALT is below the generator alone, trained by rejection sampling with as many updates, though '
+                    'it makes three calls',
+         tests=[['malt', 'gold_sft']]),
+    dict(claim='Every role should be trained',
+         paper='without G, V, R: GSM8K 87.00, 85.75, 86.25; MATH 54.25, 54.50, 55.25 (Table 4)',
+         refuted_if='it is below itself with a role untrained',
+         tests=[['malt', 'no_generator'], ['malt', 'no_verifier'], ['malt', 'no_refiner']]),
+    dict(claim='Every role is needed',
+         paper='G, G+V, G+R: GSM8K 84.75, 88.75, 84.75; MATH 54.00, 55.75, 54.75 (Table 5; how G+V is read is not '
+               'described)',
+         refuted_if='it is below itself with a role left out',
+         tests=[['malt', 'g_only'], ['malt', 'gv'], ['malt', 'gr']],
+         tiny='no role was trained on what these arms show or ask of it: a refiner reads an empty critique, a '
+              'verifier is read for an answer, and the generator alone makes a third of the calls'),
+    dict(claim='DPO on the generator does not help',
+         paper='MATH 52.25 with SFT, 51.25 with SFT and DPO (A.9, Llama); it helps Qwen',
+         refuted_if='MALT is below itself with DPO for the generator too',
+         tests=[['malt', 'malt_generator_dpo']]),
+    dict(claim='Refiners read critiques',
+         paper='taken for granted; not tested there',
+         refuted_if="it is below itself with another problem's critiques",
+         tests=[['malt_one', 'malt_shuffled']]),
+    dict(claim='... and it matters to them whether a critique is right',
+         paper='taken for granted; not tested there',
+         refuted_if='right critiques are below wrong ones',
+         tests=[['malt_told_right', 'malt_told_wrong']])]
 HEADLINE = pd.DataFrame([ # the paper's own gains over a single model, in both versions
     ('v1, December 2024', 'MATH', 49.50, 56.50, '+14.14 %', 'gain stated in the abstract, accuracy inferred'), ('v1, December 2024', 'GSM8K', 84.25, 90.25, '+7.12 %', 'likewise'), ('v1, December 2024', 'CSQA', 74.50, 81.50, '+9.40 %', 'likewise'),
     ('v3, October 2025', 'MATH', 49.50, 57.25, '+15.66 %', 'stated'), ('v3, October 2025', 'GSM8K', 84.25, 90.50, '+7.42 %', 'stated'), ('v3, October 2025', 'CSQA', 74.50, 81.50, '+9.40 %', 'stated'),
@@ -657,7 +698,8 @@ def manifest(run:Run, s:Malt, done:list, about:dict)->dict:
     vary = 'Each seed samples, chooses and trains anew' + (f"; seeds {', '.join(map(str, anew))} also begin with a base trained from scratch." if anew else ', from the same base.')
     comparisons,same = told_apart([c for c in COMPARISONS if {*c} <= names], ARMS, s)
     shown = {step['arm'].name for step in done if not step['arm'].harder}
-    return dict(run=run.id, comparisons=comparisons, not_compared=same, claims=testable(CLAIMS, names, ARMS, s, s.generator.startswith('tiny:')), figures=dict(accuracy=[a for a in MAIN if a in shown]), settings=asdict(s), hardware=about['machine'], seeds_vary=vary,
+    claims = testable(CLAIMS, names, ARMS, s, s.generator.startswith('tiny:'))
+    return dict(run=run.id, comparisons=comparisons, not_compared=same, claims=claims, figures=dict(accuracy=[a for a in MAIN if a in shown]), settings=asdict(s), hardware=about['machine'], seeds_vary=vary,
                 bases={name: ARMS[name].base for name in sorted(shown) if ARMS[name].base in shown}, cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')},
                 **{k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
 

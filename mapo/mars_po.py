@@ -18,8 +18,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Where, build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems, nothing, sample_alone, score_turns, testable, told_apart, trained,
-                          tune_dpo, tune_reward, tune_sft, write_rates)
+from .methods import (Where, build_data, build_reward_data, flip_scores, grade_turns, licensed, make_problems,
+                          nothing, sample_alone, score_turns, testable, told_apart, trained, tune_dpo, tune_reward,
+                          tune_sft, write_rates)
 from .pairs import Selection, to_arrow
 from .runs import Artifact, Run
 from .tiny import FLAWLESS, FORM, make_agent, solve, written
@@ -273,20 +274,37 @@ def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteratio
     return {purpose: answers(run, s, team, problems, purpose, iteration, seed, split) for purpose in ('evaluate', 'greedy')}
 
 # %% ../nbs/api/15_mars_po.ipynb #5fb07a9c
-COMPARISONS = [['mars_po', 'base'], ['mars_po', 'sft_own'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'], ['mars_po', 'mars_po_no_nll']]
+COMPARISONS = [['mars_po', 'base'], ['mars_po', 'sft_own'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'],
+               ['mars_po', 'mars_po_no_nll']]
 CLAIMS = [
-    dict(claim='Mars-PO improves the agents', paper='Llama3.1-8B-Instruct on MATH 50.38 to 57.82 (abstract)',
-         refuted_if='the trained agents are below the untrained ones', tests=[['mars_po', 'base']]),
-    dict(claim='... and is better than supervised fine-tuning', paper='stated for GSM8K and MATH; the numbers of its Table 1 are not at hand',
-         refuted_if='it is below SFT on the same hybrid positives, or below rejection sampling', tests=[['mars_po', 'sft_hybrid'], ['mars_po', 'sft_own']]),
-    dict(claim='... than DPO', paper='stated likewise', refuted_if='it is below DPO on own pairs', tests=[['mars_po', 'dpo']]),
-    dict(claim='... and than DPO + NLL', paper='stated likewise', refuted_if='it is below DPO + NLL on own pairs', tests=[['mars_po', 'dpo_nll']]),
-    dict(claim='The NLL term helps', paper='"Mars-PO without NLL" is an ablation; its numbers are not at hand',
-         refuted_if='it is below itself without the term', tests=[['mars_po', 'mars_po_no_nll']]),
-    dict(claim="An agent's own negatives are better than everybody's", paper='the reason given for agent-specific negatives; not tested there as far as we know',
-         refuted_if="it is below itself with everybody's negatives", tests=[['mars_po', 'mars_po_pooled']]),
-    dict(claim='Accuracy rises over three iterations', paper='"generally", with small fluctuations',
-         refuted_if='an iteration is below the one before', tests=[['mars_po@1', 'base'], ['mars_po@2', 'mars_po@1'], ['mars_po@3', 'mars_po@2']])]
+    dict(claim='Mars-PO improves the agents',
+         paper='Llama3.1-8B-Instruct on MATH 50.38 to 57.82 (abstract)',
+         refuted_if='the trained agents are below the untrained ones',
+         tests=[['mars_po', 'base']]),
+    dict(claim='... and is better than supervised fine-tuning',
+         paper='stated for GSM8K and MATH; the numbers of its Table 1 are not at hand',
+         refuted_if='it is below SFT on the same hybrid positives, or below rejection sampling',
+         tests=[['mars_po', 'sft_hybrid'], ['mars_po', 'sft_own']]),
+    dict(claim='... than DPO',
+         paper='stated likewise',
+         refuted_if='it is below DPO on own pairs',
+         tests=[['mars_po', 'dpo']]),
+    dict(claim='... and than DPO + NLL',
+         paper='stated likewise',
+         refuted_if='it is below DPO + NLL on own pairs',
+         tests=[['mars_po', 'dpo_nll']]),
+    dict(claim='The NLL term helps',
+         paper='"Mars-PO without NLL" is an ablation; its numbers are not at hand',
+         refuted_if='it is below itself without the term',
+         tests=[['mars_po', 'mars_po_no_nll']]),
+    dict(claim="An agent's own negatives are better than everybody's",
+         paper='the reason given for agent-specific negatives; not tested there as far as we know',
+         refuted_if="it is below itself with everybody's negatives",
+         tests=[['mars_po', 'mars_po_pooled']]),
+    dict(claim='Accuracy rises over three iterations',
+         paper='"generally", with small fluctuations',
+         refuted_if='an iteration is below the one before',
+         tests=[['mars_po@1', 'base'], ['mars_po@2', 'mars_po@1'], ['mars_po@3', 'mars_po@2']])]
 
 # %% ../nbs/api/15_mars_po.ipynb #3f10ec01
 def mars_po_experiment(
@@ -366,7 +384,8 @@ def write_record(
     paired = [lesson for lesson in lessons if ARMS[lesson['arm']].pairs]
     ran = {arm for arm, _ in done}
     comparisons,same = told_apart([c for c in COMPARISONS if {*c} <= ran], ARMS, s)
-    manifest = dict(run=run.id, comparisons=comparisons, not_compared=same, claims=testable(CLAIMS, ran, ARMS, s, s.agents[0].startswith('tiny:')), settings=asdict(s), hardware=about['machine'],
+    claims = testable(CLAIMS, ran, ARMS, s, s.agents[0].startswith('tiny:'))
+    manifest = dict(run=run.id, comparisons=comparisons, not_compared=same, claims=claims, settings=asdict(s), hardware=about['machine'],
                     seeds_vary=_seeds_vary(s, {seed for _, seed in done}), cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
     save_record(folder, pd.concat([_results(step) for step in steps], ignore_index=True), _costs(steps), manifest | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')},
                 count_pairs(_gathered(paired, 'data', 'data')) if paired else None, _curves(paired) if paired else None, _selected(s, [step for step in steps if 'made' in step]) if lessons else None)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from .agents import Agent, Model, Role, Team
-from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate, testable, told_apart, trained, tune_dpo, tune_sft, vote_turns,
-                          write_rates)
+from .methods import (Serving, Where, grade_turns, licensed, make_problems, nothing, sample_alone, sample_debate,
+                          testable, told_apart, trained, tune_dpo, tune_sft, vote_turns, write_rates)
 from .runs import Artifact, Draft, Run, stage
 from .tiny import QUOTE, ROLES
 
@@ -288,7 +288,8 @@ def build_lessons(draft:Draft, *, turns:Artifact, scores:tuple, agents:tuple, sc
 def _spoken(turns, scores, *names): # turns that are voted on, with their scores
     from mapo.rewards import answering, with_scores
     said = turns.read('turns')
-    return with_scores(said[answering(said)], pd.concat([part.read('scores') for part in scores], ignore_index=True).drop_duplicates(['turn_id', 'name']), *names)
+    found = pd.concat([part.read('scores') for part in scores], ignore_index=True)
+    return with_scores(said[answering(said)], found.drop_duplicates(['turn_id', 'name']), *names)
 
 # %% ../nbs/api/16_multiagent_ft.ipynb #79c32c45
 def lessons_of(
@@ -466,34 +467,74 @@ def diversity(run:Run, s:MultiagentFT, problems:Artifact, step:dict)->Artifact:
 # %% ../nbs/api/16_multiagent_ft.ipynb #44181915
 COMPARISONS = [['multiagent_ft', 'debate'], ['multiagent_ft', 'majority_ft'], ['multiagent_ft', 'star'], ['multiagent_ft', 'single_agent'], ['multiagent_ft', 'single_agent_total']]
 CLAIMS = [ # Table 1 is of one iteration (L = 1), so the claims that quote it are read after the first
-    dict(claim='Voting and debate improve on one answer', paper='base 45.60, majority 47.20, debate 53.40',
-         refuted_if='the vote is below one answer, or the debate below the vote', tests=[['majority', 'base'], ['debate', 'majority']]),
-    dict(claim='Multiagent finetuning improves on debate', paper='53.40 to 58.80', refuted_if='it is below the untrained debate', tests=[['multiagent_ft@1', 'debate']]),
-    dict(claim='... and on finetuning one model', paper='majority FT 48.60, STaR 51.80, multiagent FT 58.80',
-         refuted_if='it is below majority FT, or below STaR, which is told gold answers', tests=[['multiagent_ft@1', 'majority_ft@1'], ['multiagent_ft@1', 'star@1']]),
-    dict(claim='Several agents are better than one in all seats', paper='single-agent FT 56.80, multiagent FT 58.80',
-         refuted_if='it is below one model that learnt from the same turns', tests=[['multiagent_ft@1', 'single_agent@1']]),
-    dict(claim='... and than one that is tuned and asked alone', paper='single-agent FT without debate 50.20, multiagent FT 58.80',
-         refuted_if='it is below a tuned model that answers once', tests=[['multiagent_ft@1', 'single_agent_alone']]),
-    dict(claim='... also where that one takes as many updates as all of them', paper='not tested there',
-         refuted_if='it is below one model with as many updates in total', tests=[['multiagent_ft@1', 'single_agent_total@1']]),
-    dict(claim='... which heat does not repair', paper='Figure 10 (temperature 2); its numbers are not at hand',
-         refuted_if='one model at temperature 2 is not below it', tests=[['multiagent_ft@1', 'single_agent_hot']],
-         tiny='at temperature 2 hardly two answers of the tiny model agree, and the updates see those few dozens of times: no arm at that heat could have come out otherwise'),
-    dict(claim='Summaries help', paper='without 55.00, with 58.80', refuted_if='it is below itself without summaries', tests=[['multiagent_ft@1', 'multiagent_ft_no_summary']]),
-    dict(claim='Critics help', paper='without 56.60, with 58.80', refuted_if='it is below itself without critics', tests=[['multiagent_ft@1', 'multiagent_ft_no_critics']]),
-    dict(claim="Critics' preferences are worth more than the majority's", paper='not in the paper; its reviewers asked',
-         refuted_if="DPO on critics' judgements is below DPO on the majority's, or below Multiagent FT", tests=[['debate_dpo', 'debate_dpo_majority'], ['debate_dpo', 'multiagent_ft@1']]),
-    dict(claim='Five agents are better than three', paper='Table 4, Phi-3: 58.80 to 60.40', refuted_if='five are below three', tests=[['multiagent_ft_five', 'multiagent_ft@1']]),
-    dict(claim='A name of its own makes no agent', paper='Table 5, LLaMA-3: debate 51.60, with IDs 50.80',
-         refuted_if='names alone lift the debate, or lift it above training', tests=[['debate', 'unique_ids'], ['multiagent_ft@1', 'unique_ids']]),
-    dict(claim='Cooperation profits too', paper='Table 3, GPT-3.5: 53.60 to 56.40', refuted_if='tuned cooperation is below untrained cooperation', tests=[['cooperative_ft', 'cooperative']]),
-    dict(claim='Tuned agents that do not interact are still better than a single tuned one', paper="authors' answer to reviewers, about diversity; no numbers",
-         refuted_if='they are less diverse than it', tests=[['multiagent_ft_no_interaction', 'single_agent@1']],
-         untestable='the answer to reviewers is about diversity, which is not measured where one generator sits in all seats; the accuracies are beside the point'),
-    dict(claim='More iterations improve further', paper='Figure 1 (also in the text): 58.8 to 66.0 after five', refuted_if='the second iteration is below the first', tests=[['multiagent_ft@2', 'multiagent_ft@1']]),
-    dict(claim='... but not a single agent', paper='Figure 1: its curve falls from the third on; read off a plot',
-         refuted_if='its second iteration is above its first', tests=[['single_agent@1', 'single_agent@2']])]
+    dict(claim='Voting and debate improve on one answer',
+         paper='base 45.60, majority 47.20, debate 53.40',
+         refuted_if='the vote is below one answer, or the debate below the vote',
+         tests=[['majority', 'base'], ['debate', 'majority']]),
+    dict(claim='Multiagent finetuning improves on debate',
+         paper='53.40 to 58.80',
+         refuted_if='it is below the untrained debate',
+         tests=[['multiagent_ft@1', 'debate']]),
+    dict(claim='... and on finetuning one model',
+         paper='majority FT 48.60, STaR 51.80, multiagent FT 58.80',
+         refuted_if='it is below majority FT, or below STaR, which is told gold answers',
+         tests=[['multiagent_ft@1', 'majority_ft@1'], ['multiagent_ft@1', 'star@1']]),
+    dict(claim='Several agents are better than one in all seats',
+         paper='single-agent FT 56.80, multiagent FT 58.80',
+         refuted_if='it is below one model that learnt from the same turns',
+         tests=[['multiagent_ft@1', 'single_agent@1']]),
+    dict(claim='... and than one that is tuned and asked alone',
+         paper='single-agent FT without debate 50.20, multiagent FT 58.80',
+         refuted_if='it is below a tuned model that answers once',
+         tests=[['multiagent_ft@1', 'single_agent_alone']]),
+    dict(claim='... also where that one takes as many updates as all of them',
+         paper='not tested there',
+         refuted_if='it is below one model with as many updates in total',
+         tests=[['multiagent_ft@1', 'single_agent_total@1']]),
+    dict(claim='... which heat does not repair',
+         paper='Figure 10 (temperature 2); its numbers are not at hand',
+         refuted_if='one model at temperature 2 is not below it',
+         tests=[['multiagent_ft@1', 'single_agent_hot']],
+         tiny='at temperature 2 hardly two answers of the tiny model agree, and the updates see those few dozens of'
+              ' times: no arm at that heat could have come out otherwise'),
+    dict(claim='Summaries help',
+         paper='without 55.00, with 58.80',
+         refuted_if='it is below itself without summaries',
+         tests=[['multiagent_ft@1', 'multiagent_ft_no_summary']]),
+    dict(claim='Critics help',
+         paper='without 56.60, with 58.80',
+         refuted_if='it is below itself without critics',
+         tests=[['multiagent_ft@1', 'multiagent_ft_no_critics']]),
+    dict(claim="Critics' preferences are worth more than the majority's",
+         paper='not in the paper; its reviewers asked',
+         refuted_if="DPO on critics' judgements is below DPO on the majority's, or below Multiagent FT",
+         tests=[['debate_dpo', 'debate_dpo_majority'], ['debate_dpo', 'multiagent_ft@1']]),
+    dict(claim='Five agents are better than three',
+         paper='Table 4, Phi-3: 58.80 to 60.40',
+         refuted_if='five are below three',
+         tests=[['multiagent_ft_five', 'multiagent_ft@1']]),
+    dict(claim='A name of its own makes no agent',
+         paper='Table 5, LLaMA-3: debate 51.60, with IDs 50.80',
+         refuted_if='names alone lift the debate, or lift it above training',
+         tests=[['debate', 'unique_ids'], ['multiagent_ft@1', 'unique_ids']]),
+    dict(claim='Cooperation profits too',
+         paper='Table 3, GPT-3.5: 53.60 to 56.40',
+         refuted_if='tuned cooperation is below untrained cooperation',
+         tests=[['cooperative_ft', 'cooperative']]),
+    dict(claim='Tuned agents that do not interact are still better than a single tuned one',
+         paper="authors' answer to reviewers, about diversity; no numbers",
+         refuted_if='they are less diverse than it',
+         tests=[['multiagent_ft_no_interaction', 'single_agent@1']],
+         untestable='the answer to reviewers is about diversity, which is not measured where one generator sits in '
+                    'all seats; the accuracies are beside the point'),
+    dict(claim='More iterations improve further',
+         paper='Figure 1 (also in the text): 58.8 to 66.0 after five',
+         refuted_if='the second iteration is below the first',
+         tests=[['multiagent_ft@2', 'multiagent_ft@1']]),
+    dict(claim='... but not a single agent',
+         paper='Figure 1: its curve falls from the third on; read off a plot',
+         refuted_if='its second iteration is above its first',
+         tests=[['single_agent@1', 'single_agent@2']])]
 _MAIN = ['debate', 'star', 'majority_ft', 'single_agent', 'single_agent_total', 'multiagent_ft']
 FIGURES = dict(accuracy=['majority', 'debate', 'star', 'majority_ft', 'single_agent', 'single_agent_total', 'multiagent_ft'],
                ablations=['multiagent_ft', 'multiagent_ft_no_summary', 'multiagent_ft_no_critics', 'multiagent_ft_ids', 'multiagent_ft_no_interaction', 'single_agent_alone', 'single_agent_total', 'single_agent_hot'],
@@ -556,7 +597,8 @@ def write_record(
     own = rows[rows['agent'] == rows['arm'].map(lambda a: ARMS[a].readout)].assign(agent='team')
     arms = {arm for arm, _ in done}
     comparisons,same = told_apart([c for c in COMPARISONS if {*c} <= arms], ARMS, s)
-    manifest = dict(run=run.id, comparisons=comparisons, not_compared=same, claims=testable(CLAIMS, arms, ARMS, s, s.model.startswith('tiny:')), figures=_drawable(arms),
+    claims = testable(CLAIMS, arms, ARMS, s, s.model.startswith('tiny:'))
+    manifest = dict(run=run.id, comparisons=comparisons, not_compared=same, claims=claims, figures=_drawable(arms),
                     bases={a: b for a, b in BASES.items() if {a, b} <= arms},
                     settings=asdict(s), hardware=about['machine'], seeds_vary='Each seed debates, chooses and trains anew, from the same first model.', cost={k: about[k] for k in ('cpu_s', 'peak_memory_mb')})
     save_record(folder, own, _costs(steps), manifest | {k: about[k] for k in ('command', 'commit', 'parameters', 'versions')})
