@@ -315,7 +315,8 @@ def made_of(
     s,   # settings of the experiment
 )->tuple: # equal for arms that do the same under these settings
     "Everything that decides what an arm does, which its name does not."
-    return tuple(getattr(arm, f.name) for f in fields(arm) if f.name not in ('name', 'changes', 'sweep')), arm.settings(s)
+    names = [f.name for f in fields(arm) if f.name not in ('name', 'changes', 'sweep')]
+    return tuple(getattr(arm, name) for name in names), arm.settings(s)
 
 def told_apart(
     pairs:list, # [[a, b], ...] of arms, or of an arm's iterations (`ARM@1`)
@@ -329,8 +330,8 @@ def told_apart(
     for pair in pairs:
         what = made(pair)
         twin = next((other for other in kept if made(other) == what), pair)
-        if what[0] == what[1]: dropped.append([*pair, 'which are one arm under these settings'])
-        elif twin != pair: dropped.append([*pair, f'which is {arm_label(twin[0])} against {arm_label(twin[1])} under these settings'])
+        why = 'which are one arm' if what[0] == what[1] else f'which is {arm_label(twin[0])} against {arm_label(twin[1])}'
+        if what[0] == what[1] or twin != pair: dropped.append([*pair, f'{why} under these settings'])
         else: kept.append(pair)
     return kept,dropped
 
@@ -345,10 +346,12 @@ def testable(
     "The claims of a run; what cannot be tested says why."
     from mapo.report import arm_label
     can = lambda claim: [test for test in claim['tests'] if {side.partition('@')[0] for side in test} <= ran]
-    dropped = {(a, b): f'it holds {arm_label(a)} against {arm_label(b)}, {why}' for a, b, why in told_apart([t for c in claims for t in can(c)], arms, s)[1]}
+    same = told_apart([test for claim in claims for test in can(claim)], arms, s)[1]
+    dropped = {(a, b): f'it holds {arm_label(a)} against {arm_label(b)}, {why}' for a, b, why in same}
     found = []
     for claim in filter(can, claims):
-        reasons = [claim.get('untestable'), claim.get('tiny') if tiny else None, *(dropped.get(tuple(test)) for test in claim['tests'])]
+        reasons = [claim.get('untestable'), claim.get('tiny') if tiny else None]
+        reasons += [dropped.get(tuple(test)) for test in claim['tests']]
         said = {k: v for k, v in claim.items() if k not in ('tiny', 'untestable')}
         found.append(said | {'untestable': reason for reason in [*filter(None, reasons)][:1]})
     return found

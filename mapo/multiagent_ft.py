@@ -493,7 +493,7 @@ CLAIMS = [ # Table 1 is of one iteration (L = 1), so the claims that quote it ar
          tests=[['multiagent_ft@1', 'single_agent_total@1']]),
     dict(claim='... which heat does not repair',
          paper='Figure 10 (temperature 2); its numbers are not at hand',
-         refuted_if='one model at temperature 2 is not below it',
+         refuted_if='it is below one model at temperature 2',
          tests=[['multiagent_ft@1', 'single_agent_hot']],
          tiny='at temperature 2 hardly two answers of the tiny model agree, and the updates see those few dozens of'
               ' times: no arm at that heat could have come out otherwise'),

@@ -33,7 +33,8 @@ from matplotlib.transforms import Bbox, offset_copy
 from scipy import stats
 
 from .agents import escape, printable
-from .evaluation import accuracy, bases, budget, cell, check_rows, compare, compare_checkpoints, cost_columns, differences, holm, is_itself, last_iteration, one_seed, paired, part
+from .evaluation import (accuracy, bases, budget, cell, check_rows, compare, compare_checkpoints, cost_columns,
+                             differences, holm, is_itself, last_iteration, one_seed, paired, part)
 
 # %% ../nbs/api/11_report.ipynb #c81e1e7d
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def _column(values):
     if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
         return [_text(v, values.name in ('arm', 'a', 'b')) for v in values]
     if values.name == 'learning_rate': return [_rate(v) for v in values]
-    if str(values.name).removeprefix('greedy_') in ('p', 'p_holm'): return ['<.001' if v < .001 else _number(v, '.3f') for v in values]
+    if str(values.name).removeprefix('greedy_') in ('p', 'p_holm'):
+        return ['<.001' if v < .001 else _number(v, '.3f') for v in values]
     large = values.abs().max()
     counts = pd.api.types.is_integer_dtype(values) or large > 1 and (values.dropna() % 1 == 0).all()
     form = ',.0f' if counts or large >= 100 else ',.1f' if large >= 10 else '.3f'
@@ -913,11 +915,12 @@ def results_table(
 _greedy = ['greedy', 'greedy_low', 'greedy_high', 'greedy_p', 'greedy_p_holm']
 
 def _both(rows, pairs):
-    "Differences of sampled answers and, where both sides were asked for them, of greedy ones; each metric is corrected over the list."
+    "Differences, sampled and, where both sides were asked for them, greedy; each is corrected over the list."
     table = compare(rows, pairs)
     asked = [pair for pair in pairs if all(part(rows, side).greedy.notna().all() for side in pair)]
     if not asked: return table
-    greedy = compare(rows, asked, 'greedy').rename(columns=dict(zip(['difference', 'low', 'high', 'p', 'p_holm'], _greedy)))
+    names = dict(zip(['difference', 'low', 'high', 'p', 'p_holm'], _greedy))
+    greedy = compare(rows, asked, 'greedy').rename(columns=names)
     greedy[_greedy] = greedy[_greedy].round(12) + 0. # what is zero but for rounding is zero on every machine
     both = table.merge(greedy[['a', 'b', *_greedy]], on=['a', 'b'], how='left')
     return both[['a', 'b', 'difference', 'low', 'high', 'p', 'p_holm', *_greedy, 'seeds', 'problems', 'scope']]
@@ -926,10 +929,10 @@ def comparisons_table(
     rows:pd.DataFrame, # compact rows
     comparisons:list, # pairs (a, b), named beforehand, as for `compare`
     controls:list=(), # pairs that were added when the numbers were known; a family of their own
-)->pd.DataFrame: # as from `compare`; `greedy` with `_low, _high, _p, _p_holm` where it was asked; `named` 'beforehand' or 'afterwards' where there are controls
+)->pd.DataFrame: # as `compare`; `greedy` with `_low, _high, _p, _p_holm` where asked; `named` if there are controls
     "Hold arms against each other, sampled and greedy."
-    families = dict(beforehand=comparisons, afterwards=controls)
-    tables = [_both(rows, [tuple(p) for p in pairs]).assign(named=name) for name, pairs in families.items() if len(pairs)]
+    families = dict(beforehand=[tuple(p) for p in comparisons], afterwards=[tuple(p) for p in controls])
+    tables = [_both(rows, pairs).assign(named=name) for name, pairs in families.items() if pairs]
     if not tables: raise ValueError('there are no two arms to compare: name pairs (a, b)')
     return pd.concat(tables, ignore_index=True).drop(columns=[] if len(controls) else 'named')
 
@@ -939,6 +942,11 @@ def _why_not(rows, a, b):
     lost = [arm_label(name) for name in (a, b) if part(rows, name).empty]
     if lost: return f'this run has no {" and no ".join(lost)}'
     return f'{arm_label(a)} and {arm_label(b)} are the same here' if is_itself(rows, a, b) else ''
+
+def _control(rows, b):
+    "Was it trained?"
+    own = part(rows, b)
+    return '' if own.empty else 'trained' if own.iteration.max() else 'untrained'
 
 def _verdict(tests, difference, p, p_holm):
     "What a claim's tests say together by one metric."
@@ -958,14 +966,15 @@ def _verdicts(tests, untestable):
 
 # %% ../nbs/api/11_report.ipynb #e442c675
 def claims_table(
-    claims:list, # dicts with `claim` (in words), `paper` (its numbers and where they stand; say if read off a plot), `tests` [[a, b], ...], `refuted_if` (in words), and `untestable`, the reason, if it cannot be tested
+    claims:list, # dicts with `claim`, `paper` (its numbers and where they stand), `refuted_if`, `tests`, perhaps `untestable`
     rows:pd.DataFrame, # compact rows
     primary:list=(), # the primary comparisons, as for `compare`
-)->pd.DataFrame: # a row per test: `claim, paper, refuted_if, a, b, control` (was `b` 'trained'?), `difference, low, high, p_holm`, the same for `greedy` where it was asked, `family` ('primary' or 'further'), `scope, verdict` (of the claim)
+)->pd.DataFrame: # a row per test: the claim's words, `a, b, control`, the difference both ways, `family, scope, verdict`
     "Hold a paper's claims against this run's paired comparisons."
     idle = [c['claim'] for c in claims if not c.get('refuted_if')]
     if idle: raise ValueError(f'claim {idle[0]!r} does not say what would count against it: give it a `refuted_if`')
-    tests = pd.DataFrame([dict(claim=c['claim'], paper=c['paper'], refuted_if=c['refuted_if'], a=a, b=b, why=_why_not(rows, a, b)) for c in claims for a, b in c['tests']])
+    said = lambda claim: {name: claim[name] for name in ('claim', 'paper', 'refuted_if')}
+    tests = pd.DataFrame([said(c) | dict(a=a, b=b, why=_why_not(rows, a, b)) for c in claims for a, b in c['tests']])
     asked = list(dict.fromkeys(zip(tests.a[tests.why == ''], tests.b[tests.why == ''])))
     first = [tuple(c) for c in primary]
     families = dict(primary=first, further=[t for t in asked if t not in first])
@@ -975,7 +984,7 @@ def claims_table(
     table = tests.merge(found.reindex(columns=['a', 'b', *results]), on=['a', 'b'], how='left')
     reasons = {c['claim']: c.get('untestable', '') for c in claims}
     table['verdict'] = table.claim.map({claim: _verdicts(own, reasons[claim]) for claim, own in table.groupby('claim')})
-    table.insert(5, 'control', [('' if own.empty else 'trained' if own.iteration.max() else 'untrained') for own in (part(rows, b) for b in table.b)])
+    table.insert(5, 'control', [_control(rows, b) for b in table.b])
     return table.drop(columns=['why', 'p', 'greedy_p'] if table.greedy.notna().any() else ['why', 'p', *_greedy])
 
 # %% ../nbs/api/11_report.ipynb #f1b357a2
@@ -1079,7 +1088,7 @@ def save_record(
     folder, # figures/record/PAPER
     rows:pd.DataFrame, # compact rows
     costs:pd.DataFrame, # cost table, see `budget`
-    manifest:dict, # `run` (id), `command`, `commit`, `parameters`, `hardware`; `comparisons` [[a, b], ...]; `not_compared` [[a, b, reason], ...]; `claims`, see `claims_table`; `figures`, see `figure_arms`; `bases`, see `base_arms`; `seeds_vary` (a sentence)
+    manifest:dict, # `run` (id), `command`, `commit`, `parameters`, `hardware`, and what is said above
     pairs:pd.DataFrame=None, # counts by arm, as from `count_pairs`
     training:pd.DataFrame=None, # see `plot_training`
     selection:pd.DataFrame=None, # see `flag_selection`
@@ -1118,12 +1127,13 @@ def correct_record(
 )->dict: # the manifest, with `corrections` [{date, words, why}, ...]
     "Replace claims or controls in a record's manifest, and say so in it."
     unknown = [name for name in words if name not in ('claims', 'controls')]
-    if unknown: raise ValueError(f'{unknown[0]!r} was recorded and stays as it is: claims and controls are words and can be corrected')
+    if unknown: raise ValueError(f'{unknown[0]!r} was recorded and stays as it is: claims and controls can be corrected')
     file = Path(folder)/'manifest.json'
     manifest = json.loads(file.read_text(encoding='utf-8'))
     new = {name: value for name, value in words.items() if manifest.get(name) != value}
     if new:
-        manifest |= new | dict(corrections=[*manifest.get('corrections', []), dict(date=date, words=sorted(new), why=why)])
+        noted = [*manifest.get('corrections', []), dict(date=date, words=sorted(new), why=why)]
+        manifest |= new | dict(corrections=noted)
         file.write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
     return manifest
 
@@ -1219,12 +1229,16 @@ def _draw_readings(record, rows, manifest, folder):
 
 def _corrected(manifest):
     "When and why words of a record were corrected."
-    return ''.join(f" {', '.join(c['words']).capitalize()} corrected on {c['date']}: {c['why']}" for c in manifest.get('corrections', []))
+    say = lambda c: f" {', '.join(c['words']).capitalize()} corrected on {c['date']}: {c['why']}"
+    return ''.join(map(say, manifest.get('corrections', [])))
 
 def _named(manifest):
     "What a table of comparisons has to say about its list."
-    same = ''.join(f' Not compared: {arm_label(a)} and {arm_label(b)}, {why}.' for a, b, why in manifest.get('not_compared', []))
-    return 'Primary comparisons, named beforehand' + (', and controls added afterwards' if manifest.get('controls') else '') + f'; p holm: corrected over this list, sampled and greedy each.{same}'
+    dropped = manifest.get('not_compared', [])
+    same = ''.join(f' Not compared: {arm_label(a)} and {arm_label(b)}, {why}.' for a, b, why in dropped)
+    more = ', and controls added afterwards' if manifest.get('controls') else ''
+    lists = 'each list' if more else 'this list'
+    return f'Primary comparisons, named beforehand{more}; p holm: corrected over {lists}, sampled and greedy each.{same}'
 
 def _draw_comparisons(rows, manifest, folder):
     "The tables that compare arms."
@@ -1235,7 +1249,9 @@ def _draw_comparisons(rows, manifest, folder):
         files += save_table(table, folder, 'comparisons', f'{_named(manifest)}{varied} Run {run}.')
         note = f'Descriptive: {one_seed}, seed by seed. Interval: bootstrap of problems; p: McNemar on the problems that most of the agents answer right greedily, uncorrected. Run {run}.'
         files += save_table(compare_checkpoints(rows, pairs), folder, 'checkpoints', note)
-    if claims: files += save_table(claims_table(claims, rows, pairs), folder, 'claims', f'{claims_note(manifest)}{varied} Run {run}.')
+    if claims:
+        note = f'{claims_note(manifest)}{varied} Run {run}.'
+        files += save_table(claims_table(claims, rows, pairs), folder, 'claims', note)
     return files
 
 # %% ../nbs/api/11_report.ipynb #0d8f24e5
@@ -1243,8 +1259,9 @@ def claims_note(
     manifest:dict, # of the record
 )->str: # what stands below its table of claims
     "How verdicts were reached, and what was corrected since."
-    return ('A claim holds if all its tests are above zero after Holm\'s correction, over the primary comparisons for those, over all further tests for the others; '
-            f'it fails if one is below zero after the correction over its own tests. Control: was b trained?{_corrected(manifest)}')
+    return ("A claim holds if all its tests are above zero after Holm's correction, over the primary comparisons for those, "
+            'over all further tests for the others; it fails if one is below zero after the correction over its own tests. '
+            f'Control: was b trained?{_corrected(manifest)}')
 
 # %% ../nbs/api/11_report.ipynb #82834de2
 def redraw(

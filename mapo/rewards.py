@@ -121,7 +121,7 @@ def with_scores(
     turns:pd.DataFrame,  # the turns, in any order
     scores:pd.DataFrame, # `turn_id, name, value, label`
     *names,              # of the scores that are wanted
-)->pd.DataFrame: # the turns, with a column per score: its labels if it is a text, else its values; missing for a summary
+)->pd.DataFrame: # the turns, with a column per score: labels if it is a text, else values; none for a summary
     "Put scores beside the turns they judge."
     return turns.assign(**{name: _column(turns, scores[scores['name'] == name], name, scores) for name in names})
 
@@ -134,7 +134,8 @@ def _column(turns, found, name, scores):
     place = index.get_indexer(turns['turn_id'])
     none = (place < 0).any()
     lost = turns['turn_id'][(place < 0) & answering(turns)] if none else ()
-    if len(lost): raise ValueError(f'score {name!r} is missing for {len(lost)} of {len(turns)} turns, first {lost.iloc[0]!r}: score them, or leave them out')
+    if len(lost): raise ValueError(f'score {name!r} is missing for {len(lost)} of {len(turns)} turns, '
+                                   f'first {lost.iloc[0]!r}: score them, or leave them out')
     return found['label' if found['value'].isna().all() else 'value'].array.take(place, allow_fill=none)
 
 # %% ../nbs/api/05_rewards.ipynb #be3cfb32
