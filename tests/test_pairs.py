@@ -290,14 +290,17 @@ def test_examples_as_often_as_they_were_sampled():
     assert counts.loc[counts.part == 'examples', 'count'].sum() == len(again)
 
 
-@pytest.mark.parametrize('build', [hybrid_pairs, own_pairs, pooled_pairs, hybrid_positives, own_positives, lambda turns, _, agent, selection: reward_pairs(turns, QUESTIONS, selection)],
-                         ids=['hybrid_pairs', 'own_pairs', 'pooled_pairs', 'hybrid_positives', 'own_positives', 'reward_pairs'])
+def asked_pairs(turns, contexts, agent, selection): return reward_pairs(turns, QUESTIONS, selection)
+
+
+@pytest.mark.parametrize('build', [hybrid_pairs, own_pairs, pooled_pairs, hybrid_positives, own_positives, asked_pairs])
 def test_a_summary_is_never_learnt_from(build):
     "Not even one that somebody scored, of the agent itself, and of a text that nobody else wrote."
     turns, contexts = random_turns(0)
     asked = turns[turns.agent == 'ada'].drop_duplicates('problem_id')
-    summaries = [asked.assign(role='summarizer', turn_id=asked.turn_id + f'-{score}', text=f'all say {score}', correct=score, finish_reason='stop') for score in (0., 1.)]
-    with_them = pd.concat([turns, *summaries], ignore_index=True)
+    asked = asked.assign(role='summarizer', finish_reason='stop')
+    scored = lambda score: asked.assign(turn_id=asked.turn_id + f'-{score}', text=f'all say {score}', correct=score)
+    with_them = pd.concat([turns, scored(0.), scored(1.)], ignore_index=True)
     without, found = build(turns, contexts, 'ada', EVERY), build(with_them, contexts, 'ada', EVERY)
     assert found.table.equals(without.table)
     assert found.counts.query("fate == 'a summary'")['count'].tolist() in ([2*len(asked)], [2*len(asked)]*2)

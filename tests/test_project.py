@@ -174,12 +174,20 @@ def test_figures_and_notebook_are_what_the_record_draws(record, tmp_path):
 def git(*arguments): return subprocess.run(['git', *arguments], cwd=REPO, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('paper', sorted(p.parent.name.removesuffix('_rates') for p in (REPO/'figures'/'record').glob('*_rates/manifest.json')))
+GRIDS = sorted(p.name.removesuffix('_rates') for p in (REPO/'figures'/'record').glob('*_rates'))
+
+
+def commit_of(record): return json.loads((REPO/'figures'/'record'/record/'manifest.json').read_text())['commit']
+
+
+@pytest.mark.parametrize('paper', GRIDS)
 def test_a_grid_of_rates_says_whether_it_came_before_the_test_run(paper):
-    "The order that a page tells is that of the commits in the two manifests; where the history is not at hand, nothing is said."
-    grid, run = (json.loads((REPO/'figures'/'record'/name/'manifest.json').read_text())['commit'] for name in (f'{paper}_rates', paper))
-    if any(git('cat-file', '-e', f'{commit}^{{commit}}').returncode for commit in (grid, run)): pytest.skip('the history is not at hand')
-    page = '\n'.join(c.source for c in read(Path('nbs')/'papers'/f'{paper}_rates.ipynb').cells if c.cell_type == 'markdown')
+    "The order that a page tells is that of the commits in the two manifests, where the history is at hand."
+    grid, run = commit_of(f'{paper}_rates'), commit_of(paper)
+    if any(git('cat-file', '-e', f'{commit}^{{commit}}').returncode for commit in (grid, run)):
+        pytest.skip('the history is not at hand')
+    cells = read(Path('nbs')/'papers'/f'{paper}_rates.ipynb').cells
+    page = '\n'.join(c.source for c in cells if c.cell_type == 'markdown')
     for commit in (grid, run):
         time = git('show', '-s', '--format=%ad', '--date=format:%H:%M', commit).stdout.strip()
         assert f'commit `{commit[:7]}` of {time}' in page, f'{commit[:7]} is of {time}'

@@ -249,16 +249,18 @@ def test_a_tree_shows_any_text_and_runs_none(text):
 
 
 def with_summaries():
-    "Turns, a summary of a right and one of a wrong answer, in a seat of their own and under the columns of any other turn."
+    "Turns, and a summary of a right and one of a wrong answer in a seat of their own."
     said = turns()
-    return pd.concat([said, said[:2].assign(turn_id=['sum-0', 'sum-1'], agent='sum', role='summarizer', seat=9)], ignore_index=True)
+    summaries = said[:2].assign(turn_id=['sum-0', 'sum-1'], agent='sum', role='summarizer', seat=9)
+    return pd.concat([said, summaries], ignore_index=True)
 
 
 @pytest.mark.parametrize('judge', [
     lambda said: grade(said, PROBLEMS),
     lambda said: read_answers(said, PROBLEMS),
     lambda said: reward(said, PROBLEMS, ScriptedScorer(lambda m: len(m[-1]['content']))),
-    lambda said: agrees(said.assign(answer='42'), vote(turns().assign(answer='42'), PROBLEMS), PROBLEMS)], ids=['grade', 'read_answers', 'reward', 'agrees'])
+    lambda said: agrees(said.assign(answer='42'), vote(turns().assign(answer='42'), PROBLEMS), PROBLEMS)],
+    ids=['grade', 'read_answers', 'reward', 'agrees'])
 def test_a_summary_gets_no_score(judge):
     assert {*judge(with_summaries()).turn_id} == {*turns().turn_id}
 
@@ -274,7 +276,8 @@ def test_a_summary_lacks_no_score_and_other_turns_do():
     beside = with_scores(said, scores, 'answer', 'correct').set_index('turn_id')
     assert beside.loc[['sum-0', 'sum-1'], ['answer', 'correct']].isna().all(axis=None)
     assert beside.correct[:-2].notna().all()
-    with pytest.raises(ValueError, match="missing for 1 of 10 turns, first 'ada-p1-0'"): with_scores(said, scores[scores.turn_id != 'ada-p1-0'], 'correct')
+    with pytest.raises(ValueError, match="missing for 1 of 10 turns, first 'ada-p1-0'"):
+        with_scores(said, scores[scores.turn_id != 'ada-p1-0'], 'correct')
 
 
 def test_turns_that_do_not_say_their_role_are_refused():
