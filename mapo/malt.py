@@ -610,7 +610,7 @@ def all_arms(run:Run, s:Malt, arms:str, seeds:list, split:str)->list[dict]: # wh
     wanted = chosen_arms(arms)
     problems = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question, data=s.data,
                          n_train=s.n_train, n_dev=s.n_dev, n_test=s.n_test, seed=s.problem_seed)
-    return [malt(run, s, arm, seed, problems, split) for seed in seeds for arm in wanted]
+    return [malt(run, s, arm, seed, problems, split) for arm, seed in run.arms(wanted, seeds)]
 
 # %% ../nbs/api/17_malt.ipynb #d21371af
 def write_record(

@@ -303,7 +303,7 @@ def all_arms(run:Run, s:MarsPO, arms:str, seeds:list, split:str)->dict[tuple,lis
     wanted = chosen_arms(arms)
     problems = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question, data=s.data,
                          n_train=s.n_train, n_dev=s.n_dev, n_test=s.n_test, seed=s.problem_seed)
-    return {(arm.name, seed): mars_po(run, s, arm, seed, problems, split) for seed in seeds for arm in wanted}
+    return {(arm.name, seed): mars_po(run, s, arm, seed, problems, split) for arm, seed in run.arms(wanted, seeds)}
 
 # %% ../nbs/api/15_mars_po.ipynb #bdf80643
 def reward_scores(

@@ -494,7 +494,7 @@ def all_arms(run:Run, s:MultiagentFT, arms:str, seeds:list, split:str)->tuple[Ar
     if split not in ('dev', 'test'): raise ValueError(f"multiagent_ft: split must be 'dev' or 'test', not {split!r}")
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f'multiagent_ft: seeds must be distinct whole numbers, at least one, not {seeds}')
     wanted,problems = chosen_arms(arms),problem_set(run, s)
-    return problems, {(arm.name, seed): multiagent_ft(run, s, arm, seed, problems, split) for seed in seeds for arm in wanted}
+    return problems, {(arm.name, seed): multiagent_ft(run, s, arm, seed, problems, split) for arm, seed in run.arms(wanted, seeds)}
 
 def problem_set(run:Run, s:MultiagentFT)->Artifact:
     "Train, dev and test problems."

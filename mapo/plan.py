@@ -9,10 +9,10 @@ __all__ = ['CONFIGS', 'BYTES', 'DRAW', 'TRAINED', 'COPY', 'GPUS', 'USABLE', 'PRE
            'stored_parameters', 'sizes', 'number_bytes', 'sampling_memory', 'scoring_memory', 'lora_parameters',
            'training_memory', 'kept_bytes', 'Machine', 'machine', 'here', 'Memory', 'Served', 'Answering', 'Reading',
            'frozen_bytes', 'Learning', 'Planned', 'count_problems', 'Asked', 'asked', 'sampling_rows', 'scoring_rows',
-           'diversity_rows', 'Lesson', 'lesson', 'training_rows', 'Plan', 'licence', 'teachers', 'licence_lines',
-           'Shortage', 'shortages', 'fits', 'check_fit', 'machine_table', 'machine_totals', 'machine_assumptions',
-           'sampling_table', 'scoring_table', 'training_table', 'models_table', 'totals', 'assumptions', 'describe',
-           'plan_paper']
+           'diversity_rows', 'Lesson', 'lesson', 'training_rows', 'Step', 'Plan', 'licence', 'teachers',
+           'licence_lines', 'Shortage', 'shortages', 'fits', 'check_fit', 'machine_table', 'machine_totals',
+           'machine_assumptions', 'sampling_table', 'scoring_table', 'training_table', 'models_table', 'totals',
+           'assumptions', 'describe', 'plan_paper', 'outline']
 
 # %% ../nbs/api/18_plan.ipynb #8441389a
 import difflib, json, math, re, textwrap, time
@@ -734,6 +734,16 @@ ROWS = dict.fromkeys(('sample_alone', 'sample_debate', 'sample_chain', 'tell_ref
 
 def _title(model): return model.path.split('/')[-1]
 
+# %% ../nbs/api/18_plan.ipynb #c0ffee18
+class Step(NamedTuple):
+    "A stage in the order in which an experiment asks for it."
+    arm:str       # '' before the first arm and after the last
+    seed:int
+    iteration:int # of the arm; 0 where the stage has none
+    stage:str     # name of its function
+    tokens:int    # to sample, to train on or to read, at most; 0 where it was asked for before
+
+
 # %% ../nbs/api/18_plan.ipynb #f34b43fe
 class Plan:
     "Stands in for a `Run`: notes the stages that are asked for, and starts none."
@@ -746,7 +756,7 @@ class Plan:
     ):
         self.serving = {name: getattr(settings, name) for name in ('engine', 'tensor_parallel', 'data_parallel', 'token_budget')} if settings else {}
         self.name,self.prompt_tokens,self.answer_tokens,self.machine = name,prompt_tokens,answer_tokens,machine
-        self.planned,self.asked,self._sizes,self._rows = {},{},{},[]
+        self.planned,self.asked,self._sizes,self._rows,self.steps,self._place = {},{},{},[],[],('', 0)
 
     def answer(self, max_tokens:int)->int:
         "Tokens of an answer on average."
@@ -757,8 +767,23 @@ class Plan:
         key = key_of([fn.__name__, _said(inputs)])
         stage = Planned(key, Path('planned')/f'{fn.__name__}-{key[:16]}', fn.__name__, inputs)
         self.planned[str(stage.path)],self.asked[key] = stage,self.asked.get(key, 0)+1
-        if fn.__name__ in ROWS and self.asked[key] == 1: self._rows += [dict(key=key, stage=fn.__name__) | row for row in ROWS[fn.__name__](stage, self)]
+        rows = self.rows(stage) if self.asked[key] == 1 else []
+        self._rows += rows
+        self.steps.append(Step(*self._place, inputs.get('iteration', 0), fn.__name__, sum(row['tokens'] for row in rows)))
         return stage
+
+    def rows(self, stage:Planned)->list[dict]: # of `table`
+        "What a stage takes, a row per model that computes."
+        name = stage.stage
+        return [dict(key=stage.key, stage=name) | row for row in ROWS[name](stage, self)] if name in ROWS else []
+
+    def arms(self, arms:list, seeds:list): # an arm and a seed at a time
+        "Every arm under every seed, as `Run.arms`."
+        for seed in seeds:
+            for arm in arms:
+                self._place = arm.name,seed
+                yield arm, seed
+        self._place = '',0
 
     def origin(self, model:Model)->Model:
         "The model that was there before any training: where `model` comes from."
@@ -1106,3 +1131,27 @@ def plan_paper(
 def _prompts(s): # how long prompts are
     if {s.source, getattr(s, 'transfer', '') or 'arithmetic'} != {'arithmetic'}: return 'benchmark'
     return 'tiny' if '<' in getattr(s, 'generator_prompt', '') + getattr(s, 'prompt', '') else 'arithmetic'
+
+# %% ../nbs/api/18_plan.ipynb #c0ffee1a
+class _Outline(Plan):
+    def rows(self, stage):
+        try: return super().rows(stage)
+        except (ValueError, OSError): return []
+
+
+# %% ../nbs/api/18_plan.ipynb #c0ffee1b
+def outline(
+    name:str,   # 'mars_po', 'multiagent_ft' or 'malt'
+    preset:str, # the size
+    arms:str,   # 'core', 'all', or names joined by commas
+    seeds:list, # one repetition each
+    split:str,  # 'dev' or 'test'
+    **overrides, # fields of the experiment's settings
+)->Plan: # with `steps` and `models`
+    "The stages of an experiment; settings, arms, seeds and splits that do not exist are refused."
+    make,ask = PAPERS[name]
+    settings = make(preset, **overrides)
+    plan = _Outline(name, 1, settings=settings)
+    ask(plan, settings if settings.engine != 'auto' else replace(settings, engine='transformers'), arms, list(seeds), split)
+    return plan
+

@@ -282,6 +282,7 @@ class Run:
         "The artifact of `fn` with these inputs: found if it was made before, made otherwise."
         spec = fn.stage | dict(inputs=canonical(inputs)) | ({'function': source_hash(fn)} if fn.__module__ == '__main__' else {})
         artifact = Artifact(key_of(spec), self.artifacts/f"{fn.__name__}-{key_of(spec)[:16]}")
+        self.tell(begins=fn.__name__, iteration=inputs.get('iteration', 0))
         with _alone(artifact.path.with_suffix('.lock'), self.say):
             redo = fn.__name__ in self.fresh and artifact.key not in {s['key'] for s in self.stages}
             reused = _made(artifact.path) and not redo
@@ -317,12 +318,36 @@ class Run:
     def _note(self, artifact, fn, reused):
         log = artifact.log
         self.stages.append(dict(stage=fn.__name__, key=artifact.key, reused=reused, cpu_s=log['cpu_s'], wall_s=log['wall_s']))
-        self.say(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
+        self.tell(ends=fn.__name__, reused=reused, wall_s=log['wall_s'])
+        quiet = reused or 'MAPO_PROGRESS' in os.environ
+        (self.note if quiet else self.say)(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
+
+    def arms(self, arms:list, seeds:list)->Iterable[tuple]: # an arm and a seed at a time
+        "Every arm under every seed; whoever watches is told which one is at work."
+        for seed in seeds:
+            for arm in arms:
+                self.tell(arm=arm.name, seed=seed)
+                yield arm, seed
+        self.tell(arm='', seed=0)
+
+    def tell(self, **what):
+        "Where the run is, for whoever watches it: a line of JSON in the file that `MAPO_PROGRESS` names."
+        if 'MAPO_PROGRESS' not in os.environ: return
+        with open(os.environ['MAPO_PROGRESS'], 'a', encoding='utf-8') as f: print(json.dumps(what), file=f)
 
     def say(self, line:str):
         "One line for the terminal and for the run's log."
         print(f'[{self.id}] {line}', file=sys.stderr, flush=True)
+        self.note(line)
+
+    def note(self, line:str):
+        "One line for the run's log."
         with open(self.folder/'log.txt', 'a', encoding='utf-8') as f: print(time.strftime('%F %T'), f'[{os.getpid()}]', line, file=f)
+
+    def mark(self, status:str, said:str=''):
+        "Note what became of the run, for `runs`: 'running' in this process, 'finished', 'failed' or 'stopped', and why."
+        about = dict(status=status, said=said, process=os.getpid(), host=platform.node(), started=self.started)
+        write_json(self.folder/'state.json', without_secrets(dict(id=self.id, parameters=self.parameters, command=self.command) | about))
 
     def record(self)->dict:
         "Write and return what this run was, for `mapo runs` and for whoever wants to repeat it."
@@ -394,11 +419,39 @@ def without_secrets(
     if isinstance(value, list): return [without_secrets(v) for v in value]
     return _SECRET_TEXT.sub('***', value).replace(str(Path.home()), '~') if isinstance(value, str) else value
 
+# %% ../nbs/api/10_runs.ipynb #b1f0c3a4
+def _status(state): # what `mark` noted, as far as it is still true
+    if state['status'] != 'running' or state['host'] != platform.node(): return state['status']
+    import psutil
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(state['process']).create_time() <= state['started']+1: return 'running'
+    return 'killed'
+
+
+# %% ../nbs/api/10_runs.ipynb #b1f0c3a5
+def _headline(folder, name): # of the arm that the experiment is named after, else of the last one
+    if not (table := folder/'figures'/'results.csv').exists(): return ''
+    arms = pd.read_csv(table)
+    row = (arms[arms.arm == name] if name in set(arms.arm) else arms).iloc[-1]
+    return f'{row.arm} {row.team:.3f} [{row.team_low:.3f}, {row.team_high:.3f}]'
+
+
+# %% ../nbs/api/10_runs.ipynb #b1f0c3a6
+def _about(folder): # what `runs` says of one run; nothing where there is none
+    record,state = ((folder/f'{name}.json').exists() and json.loads((folder/f'{name}.json').read_text(encoding='utf-8')) or {} for name in ('record', 'state'))
+    if not (known := record or state): return {}
+    dates = {name: (folder/f'{name}.json').stat().st_mtime for name in ('record', 'state') if (folder/f'{name}.json').exists()}
+    marked = dates.get('state', 0) >= dates.get('record', 0)
+    return record | dict(id=known['id'], command=known['command'], at=max(dates.values()), status=_status(state) if marked else 'finished', said=state.get('said', '') if marked else '',
+                         size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]))
+
+
 # %% ../nbs/api/10_runs.ipynb #88e7b924
 def runs(
     root:Path=None, # None for `runs_root()`
-)->pd.DataFrame: # newest last
-    "What runs there are, what they cost, and the command that repeats each."
-    records = sorted(Path(root or runs_root()).glob('*/record.json'), key=lambda p: p.stat().st_mtime)
-    columns = ['id', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command']
-    return pd.DataFrame([{c: json.loads(p.read_text(encoding='utf-8'))[c] for c in columns} for p in records], columns=columns)
+)->pd.DataFrame: # newest last; failed ones too, `said` says why
+    "What runs there are, what became of them, what they cost, and the command that repeats each."
+    found = sorted(filter(None, map(_about, Path(root or runs_root()).glob('*/'))), key=lambda about: about['at'])
+    dated = [about | dict(date=time.strftime('%F %H:%M', time.localtime(about['at']))) for about in found]
+    return pd.DataFrame(dated, columns=['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command', 'said'])
+

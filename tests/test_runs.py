@@ -56,7 +56,8 @@ def test_killed_and_started_again_the_bytes_are_those_of_an_undisturbed_run(acci
     before = contents(tmp_path)
     said = finish(start(tmp_path))
     assert contents(tmp_path) == undisturbed
-    for name in before: assert f'{name} reused' in said, 'finished work was done twice'
+    log = ''.join(p.read_text() for p in tmp_path.glob('*/log.txt'))
+    for name in before: assert f'{name} reused' in log and f'{name} reused' not in said, 'finished work was done twice'
 
 
 def test_two_processes_on_one_run_share_the_work(undisturbed, tmp_path):
