@@ -2,14 +2,16 @@
 
     python benchmarks/reproduce.py [mars_po multiagent_ft malt] [--preset tiny] [--arms core] [--processes 2]
 
-Gives the command twice in an empty folder for runs, takes its time, and counts the CPU-seconds of all processes, by stage
-from the runs' own records; what is left is everything else: starting Python and kernels, papermill, tables, figures.
+Gives the command twice in an empty folder for runs, takes its time, and counts the CPU-seconds of all processes, by
+stage from the runs' own records; what is left is everything else: starting Python and kernels, papermill, tables,
+figures.
 """
 import argparse, json, os, resource, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 
-ENGINE_AND_TRAINER = ('sample_alone', 'sample_debate', 'sample_chain', 'tell_refiner', 'measure_diversity', 'score_turns', 'tune_reward', 'tune_sft', 'tune_dpo')
+ENGINE_AND_TRAINER = ('sample_alone', 'sample_debate', 'sample_chain', 'tell_refiner', 'measure_diversity', 
+                      'score_turns', 'tune_reward', 'tune_sft', 'tune_dpo')
 
 
 def cpu_seconds(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
@@ -35,7 +37,8 @@ def table(names, spent):
     row = lambda title, cells: f"| {title} | {' | '.join(f'{c:.1f}' if c else '' for c in cells)} |"
     lines = [row(stage, [*(spent[n][stage] for n in names), sum(spent[n][stage] for n in names)]) for stage in every]
     totals = [sum(spent[n].values()) for n in names]
-    return '\n'.join([f"| CPU-seconds | {' | '.join(names)} | together |", '|---'*(len(names)+2)+'|', *lines, row('all stages', [*totals, sum(totals)])])
+    head = [f"| CPU-seconds | {' | '.join(names)} | together |", '|---'*(len(names)+2)+'|']
+    return '\n'.join([*head, *lines, row('all stages', [*totals, sum(totals)])])
 
 
 def main():
@@ -51,9 +54,11 @@ def main():
         (first, clock), (again, clock_again) = (run(folder, *words) for _ in range(2))
         spent = {name: stages(folder, name) for name in args.experiments}
     outside = first-sum(s[stage] for s in spent.values() for stage in ENGINE_AND_TRAINER)
-    print(f"`mapo run {' '.join(words)}`, {os.cpu_count()} cores, load before {busy:.1f}\n\n{table(args.experiments, spent)}\n")
-    print(f'The whole command: {first:.0f} CPU-seconds in {clock:.0f} s; outside engine and trainer {outside:.0f} CPU-seconds ({outside/first:.1%}). '
-          f'The same command again: {again:.0f} CPU-seconds in {clock_again:.0f} s.')
+    print(f"`mapo run {' '.join(words)}`, {os.cpu_count()} cores, load before {busy:.1f}\n")
+    print(f'{table(args.experiments, spent)}\n')
+    print(f'The whole command: {first:.0f} CPU-seconds in {clock:.0f} s.')
+    print(f'Outside engine and trainer: {outside:.0f} CPU-seconds ({outside/first:.1%}).')
+    print(f'The same command again: {again:.0f} CPU-seconds in {clock_again:.0f} s.')
 
 
 if __name__ == '__main__': main()

@@ -8,12 +8,14 @@ __all__ = ['SMALL', 'notebooks', 'notebook', 'subtitle', 'parameters', 'checked'
            'experiments', 'sentence', 'main']
 
 # %% ../nbs/api/19_cli.ipynb #cf8eca11
-import argparse, ast, contextlib, ctypes, difflib, io, json, logging, os, re, shutil, signal, sys, tempfile, textwrap, time, warnings
+import argparse, ast, contextlib, ctypes, difflib, io, json, logging, os, re, shutil, signal, sys, tempfile, textwrap
+import time, warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
+import psutil
 from tqdm import tqdm
 
 from .runs import Run, repository, runs, runs_root
@@ -43,7 +45,8 @@ def subtitle(
     path:Path, # a notebook whose first cells say `# Title` and `> subtitle`
 )->str: # '' where there is none
     "What a notebook says of itself in a line."
-    prose = (line for c in json.loads(Path(path).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown' for line in c['source'])
+    cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+    prose = (line for c in cells if c['cell_type'] == 'markdown' for line in c['source'])
     return next((line.removeprefix('> ').strip() for line in prose if line.startswith('> ')), '')
 
 
@@ -84,23 +87,29 @@ def _typed(name, key, value, type_name):
 def outlined(
     name:str,    # of an experiment
     values:dict, # of `checked`
-): # a `mapo.plan.Plan` with the stages in order; None for a notebook that is no experiment, and where nothing is computed
+): # a `mapo.plan.Plan` with the stages in order; None for what is no experiment, and where nothing is computed
     "Go through an experiment without starting it."
     from mapo.plan import PAPERS, outline
     paper = name.removesuffix('_rates')
     if values.get('record') or paper not in PAPERS: return None
-    wrong = [s for s in values['seeds'] if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32]
-    if wrong: raise ValueError(f'{name}: a seed is a whole number from 0 to {2**32-1}, not {wrong[0]!r}')
-    own = dict(split='dev') | values['overrides'] if paper != name else {k: v for k, v in values.items() if k != 'record'}
-    plan = outline(paper, **dict(preset=values['preset'], arms=values['arms'], seeds=values['seeds']) | own)
+    _check_seeds(name, values['seeds'])
+    own = {k: v for k, v in values.items() if k != 'record'}
+    if paper != name: own = {k: own[k] for k in ('preset', 'arms', 'seeds')} | dict(split='dev') | own['overrides']
+    plan = outline(paper, **own)
     plan.steps *= len(values.get('rates', [0]))
     return plan
 
+def _check_seeds(name, seeds):
+    for s in seeds:
+        if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32:
+            raise ValueError(f'{name}: a seed is a whole number from 0 to {2**32-1}, not {s!r}')
+
 
 # %% ../nbs/api/19_cli.ipynb #19c1a013
-_PACE = dict(sample=4., tell=4., judge=4., tune=6., score=1., measure=1.) # seconds of a token, one kind relative to another
-_DOING = dict(make='making problems', sample='sampling', tell='sampling', judge='judging', tune='training', score='scoring', measure='measuring',
-              grade='grading', build='choosing what to learn', vote='voting', value='crediting', flip='grading')
+_PACE = dict(sample=4., tell=4., judge=4., tune=6., score=1., measure=1.) # seconds of a token, relative to each other
+_DOING = dict(make='making problems', sample='sampling', tell='sampling', judge='judging', tune='training',
+              score='scoring', measure='measuring', grade='grading', build='choosing what to learn', vote='voting',
+              value='crediting', flip='grading')
 
 def _kind(stage): return stage.partition('_')[0]
 
@@ -124,63 +133,69 @@ class Progress:
         seeds:int=1, # how many; an arm's is named if there are several
     ):
         self.name,self.steps,self.seeds = name,list(steps),seeds
-        self.done,self.at,self.stage,self.iteration,self.place = 0,None,'',0,('', 0) # steps behind it; where it is, in the outline and in words
-        self.made,self.since,self.begun = 0,0.,0. # in the present arm; when it and the stage began
-        self.paces,self.loaded = {},set()         # seconds and tokens by kind; stages that were made once
+        self.done,self.at = 0,None                           # steps behind it, and the present one, in the outline
+        self.place,self.iteration,self.stage = ('', 0),0,''  # ... and in words
+        self.made,self.since,self.begun = 0,0.,0.            # in the present arm; when it and the stage began
+        self.paces,self.loaded = {},set()                    # seconds and tokens by kind; stages that were made once
 
     def take(self,
         event:dict, # that the run told
         now:float,  # the time
     )->str: # a line about an arm that is finished, else ''
         "Take note of what a run tells."
+        if 'arm' in event: return self._turn((event['arm'], event['seed']), now)
         if 'begins' in event: self._begin(event['begins'], event['iteration'], now)
-        elif 'ends' in event: self._end(event['ends'], event['reused'], event['wall_s'])
-        else: return self._turn((event['arm'], event['seed']), now)
+        else: self._end(event['ends'], event['reused'], event['wall_s'])
         return ''
 
     def _begin(self, stage, iteration, now):
         self.stage,self.iteration,self.begun = stage,iteration or self.iteration,now
-        same = (i for i in range(self.done, len(self.steps)) if (*self.steps[i][:2], self.steps[i].stage) == (*self.place, stage))
-        self.at = next(same, None)
+        here = lambda step: (*step[:2], step.stage) == (*self.place, stage)
+        self.at = next((i for i in range(self.done, len(self.steps)) if here(self.steps[i])), None)
         if self.at is not None: self.done = self.at
 
     def _end(self, stage, reused, seconds):
         tokens = 0 if self.at is None else self.steps[self.at].tokens
-        self.done,self.made = self.done + (self.at is not None),self.made + (not reused)
-        if tokens and not reused:
+        self.stage,self.done,self.made = '',self.done + (self.at is not None),self.made + (not reused)
+        if reused or not tokens: return
+        if stage in self.loaded:
             before = self.paces.get(_kind(stage), (0., 0))
-            if stage in self.loaded: self.paces[_kind(stage)] = before[0]+seconds,before[1]+tokens
-            self.loaded.add(stage)
-        self.stage = ''
+            self.paces[_kind(stage)] = before[0]+seconds,before[1]+tokens
+        self.loaded.add(stage)
 
     def _turn(self, place, now):
-        arm,line = self._named(),''
-        if arm: line = f"{arm}: {span(now-self.since) if self.made else 'nothing to make'}{self._ahead(now)}"
+        took = span(now-self.since) if self.made else 'nothing to make'
+        line = f'{self._named}: ' + '; '.join(filter(None, [took, self._ahead(now)])) if self._named else ''
         self.place,self.iteration,self.made,self.since = place,0,0,now
         return line
 
+    @property
     def _named(self): return self.place[0] + (f', seed {self.place[1]}' if self.place[0] and self.seeds > 1 else '')
 
     def _ahead(self, now): # n of m, and time left
-        left = self.left(now)
-        return (f'; {self.done} of {len(self.steps)} stages' if self.steps else '') + (f', about {span(left)} left' if left else '')
+        count = f'{self.done} of {len(self.steps)} stages' if self.steps else ''
+        return ', '.join(filter(None, [count, self._left(now)]))
+
+    def _left(self, now): return f'about {span(left)} left' if (left := self.left(now)) else ''
 
     def left(self, now:float)->float|None: # seconds; None while nothing can be said
         "How long it will take from now."
-        seconds,guessed = sum(s for s, _ in self.paces.values()),sum(_PACE.get(kind, 1.)*n for kind, (_, n) in self.paces.items())
-        if not guessed: return None
-        pace = lambda kind: self.paces[kind][0]/self.paces[kind][1] if kind in self.paces else _PACE.get(kind, 1.)*seconds/guessed
-        ahead = [step.tokens*pace(_kind(step.stage)) for step in self.steps[self.done:]]
+        if not self.paces: return None
+        seconds = sum(s for s, _ in self.paces.values())
+        usual = seconds/sum(_PACE.get(kind, 1.)*tokens for kind, (_, tokens) in self.paces.items())
+        pace = {kind: s/tokens for kind, (s, tokens) in self.paces.items()}
+        steps = [(_kind(step.stage), step.tokens) for step in self.steps[self.done:]]
+        ahead = [tokens*pace.get(kind, usual*_PACE.get(kind, 1.)) for kind, tokens in steps]
         if self.stage and ahead: ahead[0] = max(0., ahead[0] - (now-self.begun))
         return sum(ahead)
 
     def status(self, now:float)->str:
         "Arm, iteration, what is done, and the time left."
         last = max((step.iteration for step in self.steps if step[:2] == self.place), default=0)
-        where = [self._named(), f'iteration {self.iteration} of {last}' if self.iteration and last > 1 else '', _DOING.get(_kind(self.stage), self.stage)]
-        left = self.left(now)
-        if not any(where): where = ['tables and figures' if self.done else 'starting']
-        return ', '.join(filter(None, where)) + (f', about {span(left)} left' if left else '')
+        turn = f'iteration {self.iteration} of {last}' if self.iteration and last > 1 else ''
+        doing = _DOING.get(_kind(self.stage), self.stage)
+        if not (doing or self._named): doing = 'tables and figures' if self.done else 'starting'
+        return ', '.join(filter(None, [self._named, turn, doing, self._left(now)]))
 
 
 # %% ../nbs/api/19_cli.ipynb #19c1a021
@@ -195,9 +210,12 @@ class Board:
     ):
         self.shown,self.file = shown,file or sys.stderr
         self.width,self.said = max(len(p.name) for p in shown),time.time()
-        bars = self.file.isatty()
-        self.bars = [tqdm(total=len(p.steps) or None, desc=p.name.ljust(self.width), bar_format=_BAR if p.steps else '{desc}{postfix}', position=i, leave=False,
-                          file=self.file, dynamic_ncols=True) for i, p in enumerate(shown)] if bars else []
+        self.bars = [self._bar(i, p) for i, p in enumerate(shown)] if self.file.isatty() else []
+
+    def _bar(self, i, progress):
+        name,total = progress.name.ljust(self.width),len(progress.steps) or None
+        form = _BAR if total else '{desc}{postfix}'
+        return tqdm(desc=name, total=total, bar_format=form, position=i, leave=False, file=self.file, dynamic_ncols=True)
 
     def line(self, name:str, text:str):
         "A line that stays."
@@ -210,8 +228,10 @@ class Board:
         for bar, p in zip(self.bars, self.shown):
             bar.n = p.done
             bar.set_postfix_str(p.status(now))
-        if not self.bars and now - self.said > _PATIENCE:
-            for p in self.shown: self.line(p.name, f"{p.done} of {len(p.steps)} stages; " * bool(p.steps) + p.status(now))
+        if self.bars or now - self.said < _PATIENCE: return
+        for p in self.shown:
+            count = f'{p.done} of {len(p.steps)} stages; ' if p.steps else ''
+            self.line(p.name, count + p.status(now))
 
     def close(self):
         "Take the bars away."
@@ -236,32 +256,37 @@ class _Lines(io.StringIO):
 def die_with(
     parent:int, # process that started this one
 ):
-    "End this process when the thread that started it ends, however that ends; elsewhere than under Linux this does nothing."
+    "End this process when the thread that started it ends, however that ends; only Linux can do this."
     if sys.platform != 'linux': return
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent: os._exit(1)
+    if not psutil.pid_exists(parent): os._exit(1)
 
 
 # %% ../nbs/api/19_cli.ipynb #19c1a028
-def _kernel(parent, env): # arguments of a kernel: what it does before anything else
-    first = f"__import__('os').environ.update({env!r}); __import__('mapo.cli', fromlist=['die_with']).die_with({parent})"
-    return [f'--IPKernelApp.exec_lines={first}', '--IPKernelApp.log_level=ERROR']
+def _kernel(env): # arguments of a kernel that this process starts: what it does before anything else
+    set_env = f"__import__('os').environ.update({env!r})"
+    die_too = f"__import__('mapo.cli', fromlist=['die_with']).die_with({os.getpid()})"
+    return [f'--IPKernelApp.exec_lines={set_env}; {die_too}', '--IPKernelApp.log_level=ERROR']
 
 
 # %% ../nbs/api/19_cli.ipynb #8aae0f0d
 def _execute(name, values, fresh, env, show): # its run, when it is finished
-    import papermill
     run = Run(name, values)
-    settings = env | dict(MAPO_RUNS=str(run.root), MAPO_FRESH=','.join(fresh))
     run.mark('running')
-    try: papermill.execute_notebook(str(notebook(name)), str(run.folder/'report.ipynb'), parameters=values, kernel_name='python3', progress_bar=False, log_output=False,
-                                    stderr_file=_Lines(show), stdout_file=_Discarded(), resources=dict(metadata=dict(path=str(run.folder))), extra_arguments=_kernel(os.getpid(), settings))
+    try: _papermill(run, values, env | dict(MAPO_RUNS=str(run.root), MAPO_FRESH=','.join(fresh)), show)
     except BaseException as e:
         run.mark('failed', sentence(e))
         raise
     run.mark('finished')
     return run
+
+def _papermill(run, values, env, show):
+    import papermill
+    papermill.execute_notebook(
+        str(notebook(run.name)), str(run.folder/'report.ipynb'), parameters=values, kernel_name='python3',
+        progress_bar=False, log_output=False, stderr_file=_Lines(show), stdout_file=_Discarded(),
+        resources=dict(metadata=dict(path=str(run.folder))), extra_arguments=_kernel(env))
 
 
 # %% ../nbs/api/19_cli.ipynb #4b5e2cf0
@@ -283,17 +308,20 @@ def _watch(working, board, told): # until all are finished; `working`: name -> f
     while left:
         wait([working[name] for name in left], timeout=.25)
         over,now = {name for name in left if working[name].done()},time.time()
-        for p in board.shown:
-            for event in next(told[p.name]):
-                if line := p.take(event, now): board.line(p.name, line)
-        for name in over: board.line(name, f'failed: {sentence(e)}' if (e := working[name].exception()) else f'finished after {span(now-began)}')
+        for p in board.shown: _tell(p, next(told[p.name]), board, now)
+        for name in over:
+            e = working[name].exception()
+            board.line(name, f'failed: {sentence(e)}' if e else f'finished after {span(now-began)}')
         board.refresh(now)
         left -= over
+
+def _tell(progress, events, board, now):
+    for event in events:
+        if line := progress.take(event, now): board.line(progress.name, line)
 
 
 # %% ../nbs/api/19_cli.ipynb #19c1a032
 def _stop(working): # Ctrl-C: end every process that was started here, and theirs; the names of what was at work
-    import psutil
     begun = [name for name, future in working.items() if not future.cancel() and not future.done()]
     while not all(future.done() for future in working.values()):
         for child in psutil.Process().children(recursive=True):
@@ -327,26 +355,33 @@ def run_notebooks(
     fresh:tuple=(), # stages to make again
     processes:int=0, # experiments at once; 0 for one per processor where all models are small, else one
 )->dict: # name -> its finished `Run`, or the exception that ended it
-    "Run experiments side by side through papermill, each into its run's folder, the longest first. What cannot be run is refused before anything starts."
+    "Run experiments side by side, each into its run's folder; what cannot be run is refused before anything starts."
     if processes < 0: raise ValueError(f'processes must be at least 1, not {processes}')
     values = {name: checked(name, given) for name in names}
     plans = {name: outlined(name, v) for name, v in values.items()}
     tiny = all(map(small, plans.values()))
     processes = processes or (min(len(values), os.cpu_count()) if tiny else 1)
     steps = {name: plan.steps if plan else [] for name, plan in plans.items()}
-    work = lambda name: sum(step.tokens*_PACE.get(_kind(step.stage), 1.) for step in steps[name])
     board = Board([Progress(name, steps[name], len(v.get('seeds', [0]))) for name, v in values.items()])
+    longest = sorted(values, key=lambda name: _work(steps[name]), reverse=True)
+    return _side_by_side({name: values[name] for name in longest}, fresh, processes, _threads(processes, tiny), board)
+
+def _work(steps): return sum(step.tokens*_PACE.get(_kind(step.stage), 1.) for step in steps)
+
+def _side_by_side(values, fresh, processes, env, board): # in the order of `values`, as processes become free
     with tempfile.TemporaryDirectory() as folder, _quiet(), ThreadPoolExecutor(processes) as pool:
-        env = {name: _threads(processes, tiny) | dict(MAPO_PROGRESS=f'{folder}/{name}') for name in values}
-        for name in values: Path(folder, name).touch()
-        show = lambda name: lambda line: board.line(name, line)
-        working = {name: pool.submit(_execute, name, values[name], fresh, env[name], show(name)) for name in sorted(values, key=work, reverse=True)}
-        try: _watch(working, board, {name: _told(f'{folder}/{name}') for name in values})
+        paths = {name: Path(folder, name) for name in values}
+        for path in paths.values(): path.touch()
+        def start(name):
+            show = lambda line: board.line(name, line)
+            return pool.submit(_execute, name, values[name], fresh, env | dict(MAPO_PROGRESS=str(paths[name])), show)
+        working = {name: start(name) for name in values}
+        try: _watch(working, board, {name: _told(path) for name, path in paths.items()})
         except KeyboardInterrupt:
             for name in _stop(working): Run(name, values[name]).mark('stopped')
             raise
         finally: board.close()
-    return {name: working[name].exception() or working[name].result() for name in values}
+        return {p.name: working[p.name].exception() or working[p.name].result() for p in board.shown}
 
 
 # %% ../nbs/api/19_cli.ipynb #19c1a039
@@ -359,26 +394,36 @@ def verdict(
     said = {}
     for row, number in zip(comparisons.itertuples(), numbers):
         how = 'cannot be told from' if row.p_holm >= .05 else 'is above' if row.difference > 0 else 'is below'
-        said.setdefault((arm_label(row.a), how), []).append(f'{arm_label(row.b)} ({number})')
-    clauses = [f"{a} {how} {' and '.join(filter(None, [', '.join(others[:-1]), others[-1]]))}" for (a, how), others in said.items()]
+        said.setdefault(f'{arm_label(row.a)} {how}', []).append(f'{arm_label(row.b)} ({number})')
+    clauses = [f'{start} {_listed(others)}' for start, others in said.items()]
     return f"{'; '.join(clauses)}. ({comparisons.scope.iloc[0]}; 95 % intervals, Holm-corrected)"
+
+def _listed(texts): return ' and '.join(filter(None, [', '.join(texts[:-1]), texts[-1]]))
 
 
 # %% ../nbs/api/19_cli.ipynb #19c1a03b
-_SHOWN = ['arm', 'iteration', 'team', 'team_low', 'team_high', 'greedy', 'tokens_sampled', 'tokens_trained', 'updates']
+_SHOWN = dict(arm='arm', iteration='iteration', team='accuracy', team_low='accuracy_low', team_high='accuracy_high',
+              greedy='greedy', tokens_sampled='tokens_sampled', tokens_trained='tokens_trained', updates='updates')
 
 def found(
     run:Run, # a finished one
 )->str: # for a terminal
     "Table, verdict, and where to look."
+    figures = run.folder/'figures'
+    places = [f"report   {run.folder/'report.ipynb'}"] + ([f'figures  {figures}'] if figures.exists() else [])
+    return '\n'.join([run.id, *_numbers(figures), '', *places])
+
+def _numbers(figures): # the table, and what its comparisons say
     from mapo.report import show_table
-    figures,parts = run.folder/'figures',[run.id]
-    if (figures/'results.csv').exists():
-        table = pd.read_csv(figures/'results.csv')
-        parts.append(show_table(table[[c for c in _SHOWN if c in table]].rename(columns=dict(team='accuracy', team_low='accuracy_low', team_high='accuracy_high')), 'results').text)
-    elif (figures/'rates.md').exists(): parts.append((figures/'rates.md').read_text(encoding='utf-8').strip())
-    if (figures/'comparisons.csv').exists(): parts.append(textwrap.fill(verdict(pd.read_csv(figures/'comparisons.csv')), 118))
-    return '\n'.join(parts) + f"\n\nreport   {run.folder/'report.ipynb'}" + f'\nfigures  {figures}'*figures.exists()
+    if (figures/'rates.md').exists(): return [(figures/'rates.md').read_text(encoding='utf-8').strip()]
+    if not (figures/'results.csv').exists(): return []
+    table = pd.read_csv(figures/'results.csv')
+    shown = show_table(table[[c for c in _SHOWN if c in table]].rename(columns=_SHOWN), 'results').text
+    compared = figures/'comparisons.csv'
+    return [shown, *([_filled(verdict(pd.read_csv(compared)))] if compared.exists() else [])]
+
+def _filled(text): # for the width of the terminal
+    return textwrap.fill(text, min(118, shutil.get_terminal_size((118, 24)).columns), break_on_hyphens=False)
 
 
 # %% ../nbs/api/19_cli.ipynb #1124c921
@@ -397,7 +442,8 @@ def _run(args):
     ended = run_notebooks(list(dict.fromkeys(args.experiment)), _given(args), tuple(args.fresh), args.processes)
     print('\n\n'.join(found(run) for run in ended.values() if isinstance(run, Run)), flush=True)
     failed = {name: sentence(e) for name, e in ended.items() if isinstance(e, Exception)}
-    if failed: raise Failed('\n'.join(said if said.startswith(name) else f'{name}: {said}' for name, said in failed.items()))
+    lines = [said if said.startswith(name) else f'{name}: {said}' for name, said in failed.items()]
+    if lines: raise Failed('\n'.join(lines))
 
 
 # %% ../nbs/api/19_cli.ipynb #abfdd32a
@@ -410,12 +456,12 @@ def _plan(args):
 
 # %% ../nbs/api/19_cli.ipynb #9ca1cc0a
 def _runs(args):
-    table = runs()
+    table = runs().fillna('')
     if table.empty: print(f'no runs in {runs_root()}')
-    for run in table.fillna('').itertuples():
+    for run in table.itertuples():
         spent = f'{span(run.cpu_s)} of CPU' if run.cpu_s != '' else ''
-        print('  '.join([run.date, f'{run.status:<8}', f'{run.size:<6}', f'{run.accuracy:<34}', f'{spent:<14}', run.id]).rstrip())
-        print(f'    {run.command}' + f'\n    {run.status}: {run.said}'*bool(run.said))
+        print(f'{run.date}  {run.status:<8}  {run.size:<6}  {run.accuracy:<34}  {spent:<14}  {run.id}')
+        print(f'    {run.command}' + (f'\n    {run.status}: {run.said}' if run.said else ''))
 
 
 # %% ../nbs/api/19_cli.ipynb #f7e606e8
@@ -467,8 +513,9 @@ def _plain(cell): # without what papermill and libraries added
 
 # %% ../nbs/api/19_cli.ipynb #361d96a2
 @contextlib.contextmanager
-def _quiet(): # papermill warns about types and logs through the root; what its client logs is an error that it raises too
-    for name, level in dict(papermill=logging.ERROR, traitlets=logging.CRITICAL).items(): logging.getLogger(name).setLevel(level)
+def _quiet(): # papermill warns about types and logs through the root; what its client logs is raised too
+    logging.getLogger('papermill').setLevel(logging.ERROR)
+    logging.getLogger('traitlets').setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
@@ -479,13 +526,19 @@ def described(
     name:str, # of an experiment
 )->str: # for a terminal
     "The parameters of an experiment: type, default and meaning of each."
-    said = [(f"{key} ({about['type'].removesuffix(' | None')})", about['help'] + ('' if about['default'] is None else f" [{about['default']!r}]")) for key, about in parameters(notebook(name)).items()]
-    lines = [f'  {key:<34} {text}' for key, text in said]
-    return '\n'.join([f'{name}: {subtitle(notebook(name))}', 'Parameters for -p, with their defaults; where none is shown, the preset has one.', *lines])
+    path = notebook(name)
+    head = 'Parameters for -p, with their defaults; where none is shown, the preset has one.'
+    lines = [_parameter(key, about) for key, about in parameters(path).items()]
+    return '\n'.join([f'{name}: {subtitle(path)}', head, *lines])
+
+def _parameter(key, about): # a line
+    title = f"{key} ({about['type'].removesuffix(' | None')})"
+    return f"  {title:<34} {about['help']}" + ('' if about['default'] is None else f" [{about['default']!r}]")
 
 def experiments()->str: # for a terminal
     "The experiments there are, a line each."
-    return '\n'.join(['Experiments; `mapo run EXPERIMENT -h` lists the parameters of one.', *(f'  {name:<20} {subtitle(path)}' for name, path in notebooks().items())])
+    head = 'Experiments; `mapo run EXPERIMENT -h` lists the parameters of one.'
+    return '\n'.join([head, *(f'  {name:<20} {subtitle(path)}' for name, path in notebooks().items())])
 
 
 # %% ../nbs/api/19_cli.ipynb #7303f56c
@@ -501,7 +554,7 @@ class _Help(argparse.Action): # of the command; after an experiment's name, of i
 
 # %% ../nbs/api/19_cli.ipynb #19c1a03f
 def _experiment(command, do, several): # what `run` and `plan` are told
-    command.add_argument('-h', '--help', action=_Help, nargs=0, help='this; after the name of an experiment, also what each of its parameters means')
+    command.add_argument('-h', '--help', action=_Help, nargs=0, help="this; after a name, its parameters too")
     command.add_argument('experiment', **dict(nargs='+') if several else {}, help='one of: '+', '.join(notebooks()))
     command.add_argument('--preset', help='the size: smoke, tiny, small, paper or a variant of it')
     command.add_argument('--arms', help="'core', 'all', or names joined by commas")
@@ -515,7 +568,8 @@ def _experiment(command, do, several): # what `run` and `plan` are told
 def _parser():
     parser = argparse.ArgumentParser('mapo', description='Multi-agent preference optimization: run the experiments.')
     commands = parser.add_subparsers(dest='command', required=True)
-    run = commands.add_parser('run', add_help=False, help='run experiments', description='Run experiments, several side by side; what is finished already is not done again.')
+    run = commands.add_parser('run', add_help=False, help='run experiments',
+                              description='Run experiments, several side by side; what is finished is not done again.')
     plan = commands.add_parser('plan', add_help=False, help='what an experiment would take', description='Print what an experiment (mars_po, multiagent_ft or malt) would sample, train and hold in memory, and start nothing.')
     _experiment(run, _run, several=True)
     _experiment(plan, _plan, several=False)
@@ -523,7 +577,8 @@ def _parser():
     plan.add_argument('--answer-tokens', type=int, default=0, metavar='N', help='tokens of an answer on average; without it every answer takes all it may')
     plan.add_argument('--prompt-tokens', type=int, default=0, metavar='N', help='tokens of a question with its template; without it 256 (benchmarks), 96 (arithmetic in words) or 32 (tiny)')
     run.add_argument('--fresh', nargs='+', default=[], metavar='STAGE', help='stages to make again although they are finished')
-    run.add_argument('--processes', type=int, default=0, metavar='N', help='experiments at once; without it one per processor where all models are small, else one')
+    run.add_argument('--processes', type=int, default=0, metavar='N',
+                     help='experiments at once; without it one per processor where all models are small, else one')
     publish = commands.add_parser('publish', help='make a run the published one: its record, figures, tables and notebook')
     publish.add_argument('run', help='id of the run, as `mapo runs` lists it')
     publish.add_argument('--name', help="of the record; the experiment's where none is given")
@@ -533,13 +588,15 @@ def _parser():
     return parser
 
 # %% ../nbs/api/19_cli.ipynb #bebc3a0e
+_KILLED = 'its process was killed, perhaps for want of memory; what is finished is kept, the same command goes on'
+
 def sentence(
     error:Exception, # what went wrong
 )->str: # one line
     "What went wrong, without a traceback."
     name,value = getattr(error, 'ename', type(error).__name__),getattr(error, 'evalue', str(error))
     said = re.sub(r'^\[Errno \d+\] ', '', ' '.join(str(value).split()))
-    if name == 'DeadKernelError': return 'its process was killed, perhaps because memory ran out; what is finished is kept, the same command goes on from there'
+    if name == 'DeadKernelError': return _KILLED
     return said if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError', 'NothingToLearn', 'StaleCode') else f'{name}: {said}'
 
 # %% ../nbs/api/19_cli.ipynb #fbad5340

@@ -756,7 +756,8 @@ class Plan:
     ):
         self.serving = {name: getattr(settings, name) for name in ('engine', 'tensor_parallel', 'data_parallel', 'token_budget')} if settings else {}
         self.name,self.prompt_tokens,self.answer_tokens,self.machine = name,prompt_tokens,answer_tokens,machine
-        self.planned,self.asked,self._sizes,self._rows,self.steps,self._place = {},{},{},[],[],('', 0)
+        self.planned,self.asked,self._sizes,self._rows = {},{},{},[]
+        self.steps,self._place = [],('', 0)
 
     def answer(self, max_tokens:int)->int:
         "Tokens of an answer on average."
@@ -768,8 +769,9 @@ class Plan:
         stage = Planned(key, Path('planned')/f'{fn.__name__}-{key[:16]}', fn.__name__, inputs)
         self.planned[str(stage.path)],self.asked[key] = stage,self.asked.get(key, 0)+1
         rows = self.rows(stage) if self.asked[key] == 1 else []
+        tokens = sum(row['tokens'] for row in rows)
         self._rows += rows
-        self.steps.append(Step(*self._place, inputs.get('iteration', 0), fn.__name__, sum(row['tokens'] for row in rows)))
+        self.steps.append(Step(*self._place, inputs.get('iteration', 0), fn.__name__, tokens))
         return stage
 
     def rows(self, stage:Planned)->list[dict]: # of `table`
@@ -1151,7 +1153,8 @@ def outline(
     "The stages of an experiment; settings, arms, seeds and splits that do not exist are refused."
     make,ask = PAPERS[name]
     settings = make(preset, **overrides)
+    if settings.engine == 'auto': settings = replace(settings, engine='transformers')
     plan = _Outline(name, 1, settings=settings)
-    ask(plan, settings if settings.engine != 'auto' else replace(settings, engine='transformers'), arms, list(seeds), split)
+    ask(plan, settings, arms, list(seeds), split)
     return plan
 

@@ -319,8 +319,8 @@ class Run:
         log = artifact.log
         self.stages.append(dict(stage=fn.__name__, key=artifact.key, reused=reused, cpu_s=log['cpu_s'], wall_s=log['wall_s']))
         self.tell(ends=fn.__name__, reused=reused, wall_s=log['wall_s'])
-        quiet = reused or 'MAPO_PROGRESS' in os.environ
-        (self.note if quiet else self.say)(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
+        say = self.note if reused or 'MAPO_PROGRESS' in os.environ else self.say
+        say(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
 
     def arms(self, arms:list, seeds:list)->Iterable[tuple]: # an arm and a seed at a time
         "Every arm under every seed; whoever watches is told which one is at work."
@@ -345,9 +345,10 @@ class Run:
         with open(self.folder/'log.txt', 'a', encoding='utf-8') as f: print(time.strftime('%F %T'), f'[{os.getpid()}]', line, file=f)
 
     def mark(self, status:str, said:str=''):
-        "Note what became of the run, for `runs`: 'running' in this process, 'finished', 'failed' or 'stopped', and why."
-        about = dict(status=status, said=said, process=os.getpid(), host=platform.node(), started=self.started)
-        write_json(self.folder/'state.json', without_secrets(dict(id=self.id, parameters=self.parameters, command=self.command) | about))
+        "Note what becomes of the run, for `runs`: 'running' in this process, 'finished', 'failed', 'stopped'; and why."
+        about = dict(id=self.id, parameters=self.parameters, command=self.command, started=self.started,
+                     status=status, said=said, process=os.getpid(), host=platform.node())
+        write_json(self.folder/'state.json', without_secrets(about))
 
     def record(self)->dict:
         "Write and return what this run was, for `mapo runs` and for whoever wants to repeat it."
@@ -437,21 +438,28 @@ def _headline(folder, name): # of the arm that the experiment is named after, el
 
 
 # %% ../nbs/api/10_runs.ipynb #b1f0c3a6
+def _read(path): # its JSON and its time; nothing and 0 where there is none
+    return (json.loads(path.read_text(encoding='utf-8')), path.stat().st_mtime) if path.exists() else ({}, 0)
+
 def _about(folder): # what `runs` says of one run; nothing where there is none
-    record,state = ((folder/f'{name}.json').exists() and json.loads((folder/f'{name}.json').read_text(encoding='utf-8')) or {} for name in ('record', 'state'))
-    if not (known := record or state): return {}
-    dates = {name: (folder/f'{name}.json').stat().st_mtime for name in ('record', 'state') if (folder/f'{name}.json').exists()}
-    marked = dates.get('state', 0) >= dates.get('record', 0)
-    return record | dict(id=known['id'], command=known['command'], at=max(dates.values()), status=_status(state) if marked else 'finished', said=state.get('said', '') if marked else '',
-                         size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]))
+    (record, recorded),(state, marked) = _read(folder/'record.json'),_read(folder/'state.json')
+    if not record and not state: return {}
+    known = record or state
+    became = dict(status=_status(state), said=state['said']) if marked >= recorded else dict(status='finished', said='')
+    return record | became | dict(
+        id=known['id'], command=known['command'], at=max(recorded, marked),
+        size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]))
 
 
 # %% ../nbs/api/10_runs.ipynb #88e7b924
+_RUNS = ['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command', 'said']
+
 def runs(
     root:Path=None, # None for `runs_root()`
 )->pd.DataFrame: # newest last; failed ones too, `said` says why
     "What runs there are, what became of them, what they cost, and the command that repeats each."
-    found = sorted(filter(None, map(_about, Path(root or runs_root()).glob('*/'))), key=lambda about: about['at'])
-    dated = [about | dict(date=time.strftime('%F %H:%M', time.localtime(about['at']))) for about in found]
-    return pd.DataFrame(dated, columns=['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command', 'said'])
+    found = filter(None, map(_about, Path(root or runs_root()).glob('*/')))
+    date = lambda about: time.strftime('%F %H:%M', time.localtime(about['at']))
+    rows = [about | dict(date=date(about)) for about in sorted(found, key=lambda about: about['at'])]
+    return pd.DataFrame(rows, columns=_RUNS)
 
