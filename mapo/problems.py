@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'SHARES', 'GSM8K', 'MATH', 'MATH_500', 'COMMONSENSE_QA', 'MMLU', 'NGRAM', 'OVERLAP',
-           'BOILERPLATE', 'arithmetic', 'read_jsonl', 'gsm8k', 'last_boxed', 'math_problems', 'math_500',
+           'BOILERPLATE', 'arithmetic', 'read_jsonl', 'gsm8k', 'boxes', 'last_boxed', 'math_problems', 'math_500',
            'commonsense_qa', 'mmlu', 'normalise_question', 'split_problems', 'find_leaks', 'check_leaks', 'drop_leaks']
 
 # %% ../nbs/api/00_problems.ipynb #deece634
-import hashlib, json, re, unicodedata, warnings
+import hashlib, json, math, re, unicodedata, warnings
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -96,9 +96,21 @@ def _field(row, name, kind):
     json.dumps(row, ensure_ascii=False).encode()
     return row
 
+def _gold(row, name): # text, or a number, which becomes text
+    answer = row.get(name)
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)): return _field(row, name, str)
+    if answer != answer or abs(answer) == math.inf: raise ValueError(f'field {name!r} is {answer}, which is no number')
+    return str(answer)
+
 # %% ../nbs/api/00_problems.ipynb #3c13e9c6
+def _once(pairs):
+    row = dict(pairs)
+    if len(row) == len(pairs): return row
+    names = [name for name, _ in pairs]
+    raise ValueError(f'says {next(name for name in names if names.count(name) > 1)!r} twice')
+
 def _row(line):
-    try: row = json.loads(line.decode('utf-8-sig'))
+    try: row = json.loads(line.decode('utf-8-sig'), object_pairs_hook=_once)
     except UnicodeDecodeError as e: raise ValueError(f'is not UTF-8 at byte {e.start + 1}') from None
     except json.JSONDecodeError as e: raise ValueError(f'is not JSON: {e.msg} at character {e.pos + 1}') from None
     except RecursionError: raise ValueError('is nested too deeply') from None
@@ -119,8 +131,8 @@ def read_jsonl(
     "Read a JSON-lines file; errors name file, line and what is wrong there."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: give the path of a JSON-lines file')
-    with open(path, 'rb') as f:
-        rows = [_checked(f'{path} line {i}', lambda: convert(_row(line))) for i, line in enumerate(f, 1) if line.strip()]
+    lines = path.read_bytes().splitlines() # at \n, \r\n and \r
+    rows = [_checked(f'{path} line {i}', lambda: convert(_row(line))) for i, line in enumerate(lines, 1) if line.strip()]
     if not rows: raise ValueError(f'{path} holds no rows: an empty split cannot be used')
     return rows
 
@@ -162,10 +174,11 @@ def _known_split(name, split, names):
 
 # %% ../nbs/api/00_problems.ipynb #fe252749
 def _gsm8k_row(row):
-    solution = _field(row, 'answer', str)
+    question, solution = _field(row, 'question', str), _gold(row, 'answer')
+    if not isinstance(row['answer'], str): return dict(question=question, answer=solution, kind='number')
     _, mark, answer = solution.rpartition('####')
     if not mark or not answer.strip(): raise ValueError("field 'answer' does not end in '#### N'")
-    return dict(question=_field(row, 'question', str), answer=answer.strip().replace(',', ''), solution=solution, kind='number')
+    return dict(question=question, answer=answer.strip().replace(',', ''), solution=solution, kind='number')
 
 # %% ../nbs/api/00_problems.ipynb #d3e84f59
 def gsm8k(
@@ -177,23 +190,31 @@ def gsm8k(
     return _load('gsm8k', split, _known_split('gsm8k', split, dict(train='train', test='test')), path, hub, _gsm8k_row)
 
 # %% ../nbs/api/00_problems.ipynb #4ca91662
+def boxes(
+    text:str, # LaTeX
+)->list: # `(start, end, content)` of each, in the order of the text
+    r"All `\boxed{...}` (or `\fbox{...}`, or `\boxed 2`) whose braces balance."
+    opened, found = [], []
+    for m in re.finditer(r'\\(?:boxed|fbox) *(\{|[\w.+-]+|\\[a-zA-Z]+)|\\[{}\\]|[{}]', text):
+        if m[1] and m[1] != '{': found.append((m.start(), m.end(), m[1]))
+        elif m[0][-1] == '{' and m[0] != r'\{': opened.append(m.span() if m[1] else None)
+        elif m[0] == '}' and opened:
+            start, begin = opened.pop() or (-1, 0)
+            innermost = not found or start > found[-1][0]
+            if start >= 0 and innermost: found.append((start, m.end(), text[begin:m.start()].strip()))
+    return found
+
+# %% ../nbs/api/00_problems.ipynb #9cc68116
 def last_boxed(
     text:str, # LaTeX
 )->str|None: # what the last complete box holds, or None
-    r"Content of the last `\boxed{...}` (or `\fbox{...}`, or `\boxed 2`) whose braces balance."
-    opened, start, content = [], -1, None
-    for m in re.finditer(r'\\(?:boxed|fbox) *(\{|[\w.+-]+|\\[a-zA-Z]+)|\\[{}\\]|[{}]', text):
-        if m[1] and m[1] != '{': start, content = m.end(), m[1]
-        elif m[0][-1] == '{' and m[0] != r'\{': opened.append(m.end() if m[1] else -1)
-        elif m[0] == '}' and opened:
-            begin = opened.pop()
-            if begin > start: start, content = begin, text[begin:m.start()].strip()
-    return content
+    "Content of the last box."
+    return ([None] + [content for *_, content in boxes(text)])[-1]
 
 # %% ../nbs/api/00_problems.ipynb #aede5b95
 def _math_row(row):
     solution = _field(row, 'solution', str) if 'solution' in row or 'answer' not in row else ''
-    answer = last_boxed(solution) or '' if 'answer' not in row else _field(row, 'answer', str) if row['answer'] != '' else ''
+    answer = last_boxed(solution) or '' if 'answer' not in row else _gold(row, 'answer') if row['answer'] != '' else ''
     found = dict(question=_field(row, 'problem', str), answer=answer, solution=solution, kind='math')
     name = row.get('unique_id') or row.get('id')
     return found | (dict(problem_id=f'math/{name}') if name else {})
