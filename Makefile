@@ -17,9 +17,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-reproduce: $(READY) # the experiments of the three papers at size tiny: core arms, one seed
-	@set -e; for paper in mars_po multiagent_ft malt; do echo "== $$paper"; \
-		OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/mapo run $$paper --preset tiny --arms core; done # so small models are slower with two threads
+reproduce: $(READY) # the experiments of the three papers at size tiny, side by side: core arms, one seed
+	@$(BIN)/mapo run mars_po multiagent_ft malt --preset tiny --arms core
 
 test: $(READY) # everything: notebooks, pytest, paper notebooks at a size of seconds, the wheel
 	$(BIN)/python -m pytest --durations=12

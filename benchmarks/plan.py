@@ -59,10 +59,12 @@ def watched(root, name):
 
 def compare(label, name, preset, arms, settings, root):
     "A row per stage that was made and planned."
-    from mapo.plan import PAPERS, Plan, plan_paper
-    make, ask = PAPERS[name]
+    from mapo.experiment import compute
+    from mapo.plan import PAPERS, plan_paper
+    e = PAPERS[name]
     run = watched(Path(root)/label.replace(', ', '-'), name)
-    ask(run, make(preset, **settings), arms, [0], 'dev')
+    given = e.settings(preset, **settings)
+    e.beyond(run, given, compute(run, e, given, arms, [0], 'dev'))
     made = {s['key']: run.artifacts/f"{s['stage']}-{s['key'][:16]}" for s in run.stages}
     turns = pd.concat([pd.read_parquet(p/'turns.parquet') for p in made.values() if p.name.startswith('sample')])
     logs = [json.loads((p/'log.json').read_text()) for p in made.values()]

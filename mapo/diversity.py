@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .agents import Model
 from .evaluation import cluster_interval
-from .rewards import agrees, check_turns, vote
+from .rewards import agrees, answering, check_turns, vote
 
 # %% ../nbs/api/09_diversity.ipynb #f1ae5c68
 DIVERSITY_COLUMNS = ['measure', 'problem_id', 'round', 'turn_id', 'agent', 'other', 'value']
@@ -48,7 +48,7 @@ def consensus(
 )->pd.DataFrame: # a row per problem and round: `value` in [0, 1]
     "The share of seats that agree with the majority answer."
     check_turns(turns, 'answer', 'seat', 'role')
-    check_seats(turns[turns['role'] != 'summarizer'])
+    check_seats(turns[answering(turns)])
     votes = vote(turns, problems)
     return _rows('consensus', votes, votes['share'])
 
@@ -111,7 +111,7 @@ def embedding_dissimilarity(
 )->pd.DataFrame: # a row per problem, round and pair of seats: `value` in [0, 2], NaN where a seat has nothing to compare
     "Mean cosine distance between different agents' responses to a problem."
     check_turns(turns, 'problem_id', 'round', 'seat', 'agent', 'role', 'text')
-    turns,place = turns[turns['role'] != 'summarizer'],['problem_id', 'round']
+    turns,place = turns[answering(turns)],['problem_id', 'round']
     check_seats(turns)
     used = turns if problems is None else turns[agrees(turns, vote(turns, problems), problems)['value'].to_numpy() == 1]
     if used.empty: raise ValueError('no response has the majority answer, because there is none: compare all responses with problems=None')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cell', 'one_seed', 'cost_columns', 'check_rows', 'compact', 'majority', 'pass_at_k', 'score', 'pool', 'wilson',
-           'cluster_interval', 'accuracy', 'paired', 'last_iteration', 'bases', 'part', 'differences', 'holm',
-           'compare', 'paired_bootstrap', 'mcnemar', 'compare_checkpoints', 'budget']
+           'cluster_interval', 'accuracy', 'paired', 'last_iteration', 'bases', 'part', 'is_itself', 'differences',
+           'holm', 'compare', 'paired_bootstrap', 'mcnemar', 'compare_checkpoints', 'budget']
 
 # %% ../nbs/api/08_evaluation.ipynb #5cf9be11
 import numpy as np
@@ -213,6 +213,16 @@ def part(
     found = found[found.iteration.astype(str) == iteration] if iteration else last_iteration(found)
     return found[found.agent.astype(str) == agent] if agent else found
 
+# %% ../nbs/api/08_evaluation.ipynb #4b8e9226
+def is_itself(
+    rows:pd.DataFrame, # compact rows
+    a:str, # what `part` understands
+    b:str, # likewise
+)->bool:
+    "Do two names stand for the same rows?"
+    cells = lambda name: {*map(tuple, part(rows, name)[['arm', 'iteration', 'agent']].drop_duplicates().to_numpy())}
+    return cells(a) == cells(b)
+
 # %% ../nbs/api/08_evaluation.ipynb #1fc3bcc1
 def differences(
     rows:pd.DataFrame, # compact rows
@@ -224,6 +234,7 @@ def differences(
     sides = [part(rows, name) for name in (a, b)]
     for name, side in zip((a, b), sides):
         if side.empty: raise ValueError(f"there is no arm {name!r} in the table; there are {', '.join(sorted(set(rows.arm)))}, and ARM@ITERATION or ARM:AGENT of these")
+    if is_itself(rows, a, b): raise ValueError(f"{a!r} and {b!r} are the same rows: an arm is not held against itself")
     x, y = (next(_by_problem(side, ['arm'], metric))[1] for side in sides)
     for axis, name in ((0, 'seeds'), (1, 'problems')):
         if not x.axes[axis].equals(y.axes[axis]):

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .rewards import bare_question, check_turns, problem_facts, seeded_draw
+from .rewards import answering, bare_question, check_turns, problem_facts, seeded_draw
 
 # %% ../nbs/api/06_pairs.ipynb #bda8bad1
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def _candidates(turns, agents, selection): # distinct scored turns of `agents`; 
     turns,fates = hashed(turns),{}
     columns = [selection.by, 'agent', 'turn_id', 'finish_reason', 'text_hash', *selection.scores, *turns.columns.intersection(['copies'])]
     rows = turns[columns].reset_index(drop=True)
+    rows = keep(rows, answering(turns).to_numpy(), 'a summary', fates)
     if agents is not None: rows = keep(rows, rows['agent'].isin(agents), "another agent's", fates)
     rows = keep(rows, rows[selection.scores].notna().all(axis=1), 'not scored', fates)
     drawn = rows.iloc[seeded_draw(rows['turn_id'], selection.seed).argsort()] # who stands for a text that several wrote is drawn
@@ -406,7 +407,7 @@ def with_mistakes(
 )->Built: # turns; the counts say how many problems went
     "The turns on problems to which the agent itself gave a wrong answer."
     _check_agent(turns, agent)
-    wrong = turns[selection.by][(turns['agent'] == agent) & (turns[selection.score] <= RIGHT)]
+    wrong = turns[selection.by][(turns['agent'] == agent) & answering(turns) & (turns[selection.score] <= RIGHT)]
     fates,asked = {},pd.Series(turns[selection.by].unique())
     found = keep(asked, asked.isin(wrong), 'no mistake of its own', fates)
     if found.empty: raise NothingToLearn(f'nothing to learn for agent {agent!r}: it made no mistake on any of {len(asked)} problems, so give it harder ones')
@@ -438,7 +439,7 @@ def corrected_and_kept(
 def _of_seat(turns, seat): # its answers, round by round; each problem has one in each round
     check_turns(turns, 'agrees', 'problem_id', 'round', 'seat', 'role')
     if seat not in set(turns['seat']): raise ValueError(f"there is no seat {seat} among the turns: there are {', '.join(map(str, sorted(turns['seat'].unique()))) or 'none'}")
-    own = turns[(turns['seat'] == seat) & (turns['role'] != 'summarizer')].sort_values('round', kind='stable')
+    own = turns[(turns['seat'] == seat) & answering(turns)].sort_values('round', kind='stable')
     twice = own[own.duplicated(['problem_id', 'round'])]
     if len(twice): raise ValueError(f"seat {seat} answered problem {twice['problem_id'].iat[0]!r} twice in round {twice['round'].iat[0]}: take the turns of one debate")
     late = own.loc[own.groupby('problem_id')['round'].transform('min') > 0, 'problem_id']

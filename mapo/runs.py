@@ -287,7 +287,7 @@ def source_hash(
     *fns:Callable, # functions
 )->str: # 16 hexadecimal digits
     "Hash of all code that the functions can reach; comments and docstrings don't count."
-    return _digest([code_behind(fn) for fn in fns])
+    return _digest({name: digest for fn in fns for name, digest in code_behind(fn).items()})
 
 def own_hash(
     fn:Callable, # a function of a user's notebook or module
@@ -471,7 +471,7 @@ class Run:
         self.root = Path(root or runs_root())
         self.folder,self.artifacts = self.root/self.id,self.root/'artifacts'
         for f in (self.folder, self.artifacts): f.mkdir(parents=True, exist_ok=True)
-        self.command = command or command_for(name, parameters)
+        self.command = command or command_for(os.environ.get('MAPO_EXPERIMENT', name), parameters) # a notebook of one's own goes by its path
         self.stages,self.started = [],time.time()
 
     def stage(self, fn:Callable, **inputs)->Artifact:
@@ -479,6 +479,7 @@ class Run:
         own = {} if fn.__module__.partition('.')[0] == 'mapo' else {'function': own_hash(fn)}
         spec = fn.stage | dict(inputs=canonical(inputs)) | own
         artifact = Artifact(key_of(spec), self.artifacts/f"{fn.__name__}-{key_of(spec)[:16]}")
+        self.tell(begins=fn.__name__, iteration=inputs.get('iteration', 0))
         with _alone(artifact.path.with_suffix('.lock'), self.say):
             redo = fn.__name__ in self.fresh and artifact.key not in {s['key'] for s in self.stages}
             reused = _made(artifact.path) and not redo
@@ -522,25 +523,52 @@ class Run:
 
     def _note(self, artifact, fn, reused):
         log = artifact.log
-        self.stages.append(dict(stage=fn.__name__, key=artifact.key, reused=reused, cpu_s=log['cpu_s'], wall_s=log['wall_s']))
-        self.say(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
+        self.stages.append(dict(stage=fn.__name__, key=artifact.key, source=artifact.manifest['source'], reused=reused,
+                                cpu_s=log['cpu_s'], wall_s=log['wall_s']))
+        self.tell(ends=fn.__name__, reused=reused, wall_s=log['wall_s'])
+        say = self.note if reused or 'MAPO_PROGRESS' in os.environ else self.say
+        say(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
+
+    def arms(self, arms:list, seeds:list)->Iterable[tuple]: # an arm and a seed at a time
+        "Every arm under every seed; whoever watches is told which one is at work."
+        for seed in seeds:
+            for arm in arms:
+                self.tell(arm=arm.name, seed=seed)
+                yield arm, seed
+        self.tell(arm='', seed=0)
+
+    def tell(self, **what):
+        "Where the run is, for whoever watches it: a line of JSON in the file that `MAPO_PROGRESS` names."
+        if 'MAPO_PROGRESS' not in os.environ: return
+        with open(os.environ['MAPO_PROGRESS'], 'a', encoding='utf-8') as f: print(json.dumps(what), file=f)
 
     def say(self, line:str):
         "One line for the terminal and for the run's log."
         print(f'[{self.id}] {line}', file=sys.stderr, flush=True)
+        self.note(line)
+
+    def note(self, line:str):
+        "One line for the run's log."
         with open(self.folder/'log.txt', 'a', encoding='utf-8') as f: print(time.strftime('%F %T'), f'[{os.getpid()}]', line, file=f)
+
+    def mark(self, status:str, said:str=''):
+        "Note what becomes of the run, for `runs`: 'running' in this process, 'finished', 'failed', 'stopped'; and why."
+        about = dict(id=self.id, parameters=self.parameters, command=self.command, started=self.started,
+                     status=status, said=said, process=os.getpid(), host=platform.node())
+        write_json(self.folder/'state.json', without_secrets(about))
 
     def record(self)->dict:
         "Write and return what this run was, for `mapo runs` and for whoever wants to repeat it."
-        stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'reused', 'cpu_s', 'wall_s'])
-        record = dict(id=self.id, name=self.name, parameters=self.parameters, command=self.command, **provenance(),
+        stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s'])
+        code = stages.groupby('stage').source.agg(lambda found: sorted(set(found))).to_dict()
+        record = dict(id=self.id, name=self.name, parameters=self.parameters, command=self.command, **provenance(), code=code,
                       wall_s=round(time.time()-self.started, 1), cpu_s=round(stages.drop_duplicates('key').cpu_s.sum(), 1), peak_memory_mb=_peak_memory(), stages=self.stages)
         write_json(self.folder/'record.json', without_secrets(record))
         return record
 
     def __repr__(self): return f'{self.id} in {self.folder}: {len(self.stages)} stages'
     def _repr_html_(self):
-        counts = pd.DataFrame(self.stages, columns=['stage', 'key', 'reused', 'cpu_s', 'wall_s']).groupby('stage', sort=False).size()
+        counts = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s']).groupby('stage', sort=False).size()
         return f"<b>{escape(self.id)}</b>: " + ', '.join(f'{n} × {escape(s)}' for s, n in counts.items())
 
 # %% ../nbs/api/10_runs.ipynb #7e56eb00
@@ -600,11 +628,46 @@ def without_secrets(
     if isinstance(value, list): return [without_secrets(v) for v in value]
     return _SECRET_TEXT.sub('***', value).replace(str(Path.home()), '~') if isinstance(value, str) else value
 
+# %% ../nbs/api/10_runs.ipynb #b1f0c3a4
+def _status(state): # what `mark` noted, as far as it is still true
+    if state['status'] != 'running' or state['host'] != platform.node(): return state['status']
+    import psutil
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(state['process']).create_time() <= state['started']+1: return 'running'
+    return 'killed'
+
+
+# %% ../nbs/api/10_runs.ipynb #b1f0c3a5
+def _headline(folder, name): # of the arm that the experiment is named after, else of the last one
+    if not (table := folder/'figures'/'results.csv').exists(): return ''
+    arms = pd.read_csv(table)
+    row = (arms[arms.arm == name] if name in set(arms.arm) else arms).iloc[-1]
+    return f'{row.arm} {row.team:.3f} [{row.team_low:.3f}, {row.team_high:.3f}]'
+
+
+# %% ../nbs/api/10_runs.ipynb #b1f0c3a6
+def _read(path): # its JSON and its time; nothing and 0 where there is none
+    return (json.loads(path.read_text(encoding='utf-8')), path.stat().st_mtime) if path.exists() else ({}, 0)
+
+def _about(folder): # what `runs` says of one run; nothing where there is none
+    (record, recorded),(state, marked) = _read(folder/'record.json'),_read(folder/'state.json')
+    if not record and not state: return {}
+    known = record or state
+    became = dict(status=_status(state), said=state['said']) if marked >= recorded else dict(status='finished', said='')
+    return record | became | dict(
+        id=known['id'], command=known['command'], at=max(recorded, marked),
+        size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]))
+
+
 # %% ../nbs/api/10_runs.ipynb #88e7b924
+_RUNS = ['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command', 'said']
+
 def runs(
     root:Path=None, # None for `runs_root()`
-)->pd.DataFrame: # newest last
-    "What runs there are, what they cost, and the command that repeats each."
-    records = sorted(Path(root or runs_root()).glob('*/record.json'), key=lambda p: p.stat().st_mtime)
-    columns = ['id', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command']
-    return pd.DataFrame([{c: json.loads(p.read_text(encoding='utf-8'))[c] for c in columns} for p in records], columns=columns)
+)->pd.DataFrame: # newest last; failed ones too, `said` says why
+    "What runs there are, what became of them, what they cost, and the command that repeats each."
+    found = filter(None, map(_about, Path(root or runs_root()).glob('*/')))
+    date = lambda about: time.strftime('%F %H:%M', time.localtime(about['at']))
+    rows = [about | dict(date=date(about)) for about in sorted(found, key=lambda about: about['at'])]
+    return pd.DataFrame(rows, columns=_RUNS)
+

@@ -1,6 +1,8 @@
 "A stage knows the code that made it: what it can reach counts, what it cannot does not."
 import ast
 import importlib
+import json
+import re
 import shutil
 import sys
 import textwrap
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 
 import mapo
+from conftest import REPO
 from mapo import malt, mars_po, methods, multiagent_ft, runs, tiny
 from mapo.rewards import example_turns, grade
 from mapo.runs import Run, StaleCode, code_behind, own_hash, source_hash, stage
@@ -23,21 +26,22 @@ STAGES = {
     'grade_turns': ('answers.Grader', 'methods.vote_turns'),
     'score_turns': ('rewards.bare_question', 'methods.benchmark'),
     'flip_scores': ('rewards.seeded_draw', 'methods.grade_turns'),
+    'judge_turns': ('answers.extract_answer', 'methods.benchmark'),
     'build_data': ('pairs.cross', 'methods.tune_dpo'),
     'build_reward_data': ('pairs.winners', 'methods.tune_dpo'),
     'tune_sft': ('training.example_tokens', 'methods.tune_dpo'),
     'tune_dpo': ('training.pair_tokens', 'methods.tune_sft'),
     'tune_reward': ('training.reward_tokens', 'methods.tune_dpo'),
-    'build_lessons': ('pairs.corrected_and_kept', 'multiagent_ft.tune'),
-    'judge_pairs': ('sampling.fit', 'multiagent_ft.tune'),
-    'build_judged': ('pairs.cross', 'multiagent_ft.tune'),
-    'measure_diversity': ('diversity.unit_vectors', 'multiagent_ft.tune'),
-    'sample_chain': ('sampling.ask_under', 'malt.tune'),
-    'value_turns': ('rewards.parent_rows', 'malt.tune'),
-    'build_role_data': ('pairs.cross', 'malt.tune'),
-    'tell_refiner': ('sampling.fit', 'malt.tune'),
-    'make_harder': ('problems._expressions', 'malt.tune'),
-    'prompt_tokens': ('engines.local_folder', 'malt.tune'),
+    'build_examples': ('pairs.corrected_and_kept', 'multiagent_ft.learn'),
+    'judge_pairs': ('sampling.fit', 'multiagent_ft.learn'),
+    'build_judged': ('pairs.cross', 'multiagent_ft.learn'),
+    'measure_diversity': ('diversity.unit_vectors', 'multiagent_ft.learn'),
+    'sample_chain': ('sampling.ask_under', 'malt.learn'),
+    'value_turns': ('rewards.parent_rows', 'malt.learn'),
+    'build_role_data': ('pairs.cross', 'malt.learn'),
+    'tell_refiner': ('sampling.fit', 'malt.learn'),
+    'make_harder': ('problems._expressions', 'malt.learn'),
+    'prompt_tokens': ('engines.local_folder', 'malt.learn'),
     'make_agent': ('tiny._trained', 'tiny.tiny_agent'),
 }
 DEFINED = {name: fn for module in (methods, mars_po, multiagent_ft, malt, tiny) for name, fn in vars(module).items()
@@ -205,3 +209,14 @@ def test_stale_code_is_named(tmp_path, monkeypatch, capsys):
     assert "made by other code than today's (answers.extract_answer changed): --fresh graded" in capsys.readouterr().err
     monkeypatch.setenv('MAPO_STRICT', '1')
     with pytest.raises(StaleCode, match='answers.extract_answer changed'): run.stage(graded, n=1)
+
+
+def test_records_made_by_other_code_say_so():
+    "A record whose stages have other code today stands in figures/record/README.md as such, and only such a one."
+    page = (REPO/'figures'/'record'/'README.md').read_text()
+    said = dict(re.findall(r'^\| (\w+) \| [^|]+ \| [^|]* \| (\w+)', page, re.M))
+    today = {name: {source_hash(fn)} for name, fn in DEFINED.items()}
+    for manifest in sorted((REPO/'figures'/'record').glob('*/manifest.json')):
+        code = json.loads(manifest.read_text()).get('code', {})
+        same = bool(code) and all(set(found) == today.get(stage) for stage, found in code.items())
+        if 'run' in json.loads(manifest.read_text()): assert said.get(manifest.parent.name) == ('same' if same else 'other'), manifest.parent.name

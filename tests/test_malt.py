@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from mapo.cli import checked, notebook, parameters
-from mapo.malt import (ARMS, COMPARISONS, CORE, MALT, Malt, all_arms, build_role_data, chosen_arms, make_harder, malt_experiment, malt_settings, other_critiques, verdict_row,
-                       word_problems)
-from mapo.methods import make_problems, nothing
+from mapo.experiment import Step, checkable, compute, experiment
+from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, build_role_data, make_harder, other_critiques, verdict_row, word_problems
+from mapo.methods import make_problems, nothing_to_learn
 from mapo.pairs import Selection
 from mapo.report import load_record, redraw
 from mapo.rewards import example_tree
@@ -23,21 +23,21 @@ def test_the_notebook_offers_every_setting_and_nothing_else():
 
 
 def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
-    for preset in MALT.values():
+    for preset in MALT.presets.values():
         given = {f.name: list(v) if isinstance(v := getattr(preset, f.name), tuple) else v for f in fields(Malt)}
-        assert malt_settings('tiny', **{k: v for k, v in checked('malt', given).items() if k in given}) == preset
+        assert MALT.settings('tiny', **{k: v for k, v in checked('malt', given).items() if k in given}) == preset
 
 
 def test_core_holds_the_primary_comparisons_and_every_arm_can_be_asked_for():
     assert {name for pair in COMPARISONS for name in pair} <= set(CORE) and len(COMPARISONS) <= 5
-    assert [a.name for a in chosen_arms('all')] == list(ARMS)
+    assert MALT.choose('all') == list(ARMS)
 
 
 @pytest.fixture(scope='module')
 def record(tmp_path_factory):
     "Arms of every kind: the run, and its record."
     run = Run('kinds', {}, root=tmp_path_factory.mktemp('kinds'))
-    return run, malt_experiment(run, malt_settings('smoke', **SMALL), 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_right,debate,malt_harder,malt_branching_4', [0], 'dev')
+    return run, experiment(run, MALT, MALT.settings('smoke', **SMALL), 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_right,debate,malt_harder,malt_branching_4', [0], 'dev')
 
 
 def test_the_record_is_drawn(record, tmp_path):
@@ -77,36 +77,35 @@ def test_dpo_begins_at_the_fine_tuned_model(record):
 
 @pytest.mark.parametrize('variant', [dict(lora_rank=4, sft_learning_rate=1e-3), dict(verifier='tiny:products', generator_dpo=True, n_pairs=1), dict(gap=.5, threshold=.4, branching=(3, 2, 1))], ids=str)
 def test_variants_run_to_the_end(variant, tmp_path):
-    done = all_arms(Run('variant', variant, root=tmp_path), malt_settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')
-    step = done[-1]
-    assert step['arm'].name == 'malt' and any('training' in l for l in step['lessons'])
-    if 'lora_rank' in variant: assert len({a.model.path for a in step['team']}) == 1 and any(a.model.adapter for a in step['team'])
-    if 'generator_dpo' in variant: assert [l['method'] for l in step['lessons'] if l['role'] == 'generator'] == ['sft', 'dpo']
+    step = compute(Run('variant', variant, root=tmp_path), MALT, MALT.settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')[-1]
+    assert step.arm.name == 'malt' and any(f.training for f in step.fits)
+    if 'lora_rank' in variant: assert len({a.model.path for a in step.team}) == 1 and any(a.model.adapter for a in step.team)
+    if 'generator_dpo' in variant: assert [f.objective for f in step.fits if f.learner == 'generator'] == ['sft', 'dpo']
 
 
 def test_another_threshold_grows_no_new_tree(tmp_path):
-    settings = lambda **more: malt_settings('smoke', **SMALL | more)
-    all_arms(Run('first', {}, root=tmp_path), settings(), 'star_ma', [0], 'dev')
+    settings = lambda **more: MALT.settings('smoke', **SMALL | more)
+    compute(Run('first', {}, root=tmp_path), MALT, settings(), 'star_ma', [0], 'dev')
     second = Run('second', {}, root=tmp_path)
-    all_arms(second, settings(threshold=.2), 'star_ma', [0], 'dev')
+    compute(second, MALT, settings(threshold=.2), 'star_ma', [0], 'dev')
     made = [s['stage'] for s in second.stages if not s['reused']]
     assert made.count('value_turns') == 1 and made.count('sample_chain') <= 2, 'only the evaluation of newly trained roles'
 
 
 def test_contexts_that_outgrow_the_window_are_counted_and_wrong(tmp_path):
     run = Run('long', {}, root=tmp_path)
-    record = malt_experiment(run, malt_settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'ma', [0], 'dev')
+    record = experiment(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'ma', [0], 'dev')
     rows, _, _ = load_record(record)
     assert (rows.c == 0).all() and (rows.n == 1).all() and len(rows) == 3
     assert pd.read_parquet(record/'calls.parquet').not_asked.sum() == 3
     readouts = pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists() else {}
     assert len(readouts) == 3 and readouts['after refiner'] == 0
-    with pytest.raises(ValueError, match="star_ma: no examples for agent 'generator'"): all_arms(run, malt_settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
+    with pytest.raises(ValueError, match="star_ma: no examples for agent 'generator'"): compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
 
 
 def test_nobody_right_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="malt: no examples for agent 'generator': none of 8 turns is right"):
-        all_arms(Run('wrong', {}, root=tmp_path), malt_settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
+        compute(Run('wrong', {}, root=tmp_path), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
 
 
 @pytest.mark.parametrize('leaves,fate', [([[1, 1], [1, 1]], 'nothing to reject'), ([[0, 0], [0, 0]], 'nothing to choose')])
@@ -124,9 +123,9 @@ def test_a_role_without_pairs_says_why(leaves, fate, tmp_path):
     turns = run.stage(grown)
     siblings = Selection(score='positive', by='context_id', n_positives=0, n_negatives=0, n_pairs=0)
     data = lambda role, kind: run.stage(build_role_data, turns=turns, scores=(turns,), role=role, data=kind, selection=siblings)
-    assert f'2 {fate}' in nothing(data('refiner', 'own_pairs'))
-    assert bool(nothing(data('verifier', 'own_positives'))) == (value == 0)
-    assert 'nothing to learn for the critic: it was never asked' in nothing(data('critic', 'own_positives'))
+    assert f'2 {fate}' in nothing_to_learn(data('refiner', 'own_pairs'))
+    assert bool(nothing_to_learn(data('verifier', 'own_positives'))) == (value == 0)
+    assert 'nothing to learn for the critic: it was never asked' in nothing_to_learn(data('critic', 'own_positives'))
 
 
 def test_a_verifier_that_answers_instead_of_judging_is_counted(tmp_path):
@@ -139,7 +138,7 @@ def test_a_verifier_that_answers_instead_of_judging_is_counted(tmp_path):
         draft.write('scores', pd.DataFrame([dict(turn_id=t, name=n, value=v, label=l, scorer_key='by hand') for t in tree.turn_id for n, v, l in (('answer', np.nan, '41'), ('correct', 0., None))]))
 
     talk = Run('verdict', {}, root=tmp_path).stage(said)
-    row = verdict_row(dict(arm=ARMS['gv'], seed=0, measured=dict(evaluate=(talk, talk))))
+    row = verdict_row(Step(MALT.arm('gv'), 0, 1, None, dict(evaluate=(talk, talk))))
     assert row['no_verdict'] == pytest.approx(1/3) and row['no_answer'] == pytest.approx(1/3) and row['objects'] == pytest.approx(1/3) and np.isnan(row['approves'])
 
 
@@ -162,14 +161,22 @@ def test_word_problems_of_dev_and_test_are_disjoint_and_repeat():
     (dict(arms='mallt'), "malt has no arm 'mallt'")])
 def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        all_arms(Run('refused', {}, root=tmp_path), malt_settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
+        compute(Run('refused', {}, root=tmp_path), MALT, MALT.settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
     assert not list(tmp_path.rglob('*.parquet'))
 
 
 @pytest.mark.parametrize('preset', ['smoke', 'tiny'])
 def test_there_are_enough_harder_problems_and_none_was_trained_on(preset, tmp_path):
-    s, run = MALT[preset], Run('harder', {}, root=tmp_path)
+    s, run = MALT.presets[preset], Run('harder', {}, root=tmp_path)
     harder = run.stage(make_harder, source=s.source, form=s.form, low=s.hard_low, high=s.high, question=s.question, n=s.n_hard, seed=s.problem_seed).read('problems')
     trained_on = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question, data='', n_train=s.n_train, n_dev=1, n_test=1, seed=s.problem_seed).read('problems')
     assert (harder.groupby('split').size() == s.n_hard).all()
     assert set(harder.problem_id).isdisjoint(trained_on.problem_id[trained_on.split == 'train'])
+
+
+def test_a_setting_that_makes_two_arms_one_drops_their_comparison():
+    "`generator_dpo=True` makes MALT what `malt_generator_dpo` is."
+    claim = next(c for c in CLAIMS if c['tests'] == [['malt', 'malt_generator_dpo']])
+    judge = lambda preset: checkable([claim], {a.name: a for a in ARMS}, MALT.presets[preset])[0].get('untestable')
+    assert judge('paper') is None
+    assert judge('paper_qwen') == 'it holds MALT against MALT, generator with DPO, which are one arm under these settings'

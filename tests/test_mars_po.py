@@ -8,7 +8,8 @@ import pytest
 
 from conftest import REPO, command
 from mapo.cli import checked, main, notebook, parameters
-from mapo.mars_po import ARMS, MARS_PO, MarsPO, all_arms, judge_rewards, mars_po_experiment, mars_po_settings, reward_scores, write_record
+from mapo.experiment import compute, experiment, write_record
+from mapo.mars_po import ARMS, MARS_PO, MarsPO, reward_scores
 from mapo.report import redraw
 from mapo.runs import Run, stage
 from mapo.tiny import train_tiny
@@ -22,16 +23,16 @@ def test_the_notebook_offers_every_setting_and_nothing_else():
 
 
 def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
-    for preset in MARS_PO.values():
+    for preset in MARS_PO.presets.values():
         given = {f.name: list(v) if isinstance(v := getattr(preset, f.name), tuple) else v for f in fields(MarsPO)}
-        assert mars_po_settings('tiny', **{k: v for k, v in checked('mars_po', given).items() if k in given}) == preset
+        assert MARS_PO.settings('tiny', **{k: v for k, v in checked('mars_po', given).items() if k in given}) == preset
 
 
 @pytest.mark.parametrize('variant', [dict(lora_rank=4, learning_rate=1e-3), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
 def test_variants_run_to_the_end(variant, tmp_path):
     run = Run('variant', variant, root=tmp_path)
-    settings = mars_po_settings('smoke', **SMALL | variant)
-    record = mars_po_experiment(run, settings, 'mars_po,sft_hybrid', [0], 'dev')
+    settings = MARS_PO.settings('smoke', **SMALL | variant)
+    record = experiment(run, MARS_PO, settings, 'mars_po,sft_hybrid', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
     assert set(zip(rows.arm, rows.iteration)) == {('base', 0), *((arm, t) for arm in ('sft_hybrid', 'mars_po') for t in (1, 2))}
     assert (rows.n == 1).all() and rows.problem_id.nunique() == 4
@@ -41,7 +42,7 @@ def test_the_initial_reference_is_not_the_previous_one(tmp_path):
     "At iteration 2 the first step's log-ratios are zero against the previous model, and not against the initial one."
     margins = {}
     for reference in ('previous', 'initial'):
-        record = mars_po_experiment(Run(reference, {}, root=tmp_path), mars_po_settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
+        record = experiment(Run(reference, {}, root=tmp_path), MARS_PO, MARS_PO.settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
         curves = pd.read_csv(record/'training.csv').set_index('step')
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
@@ -52,33 +53,34 @@ def test_the_initial_reference_is_not_the_previous_one(tmp_path):
 def every(tmp_path_factory):
     "One iteration of every arm: the run, what each arm did, and the record."
     run = Run('every', {}, root=tmp_path_factory.mktemp('every'))
-    settings = mars_po_settings('smoke', **SMALL | dict(iterations=1))
-    done = all_arms(run, settings, 'all', [0], 'dev')
-    return run, done, write_record(run, settings, done, judge_rewards(settings, done, reward_scores(run, settings, done)))
+    settings = MARS_PO.settings('smoke', **SMALL | dict(iterations=1))
+    steps = compute(run, MARS_PO, settings, 'all', [0], 'dev')
+    record = write_record(run, MARS_PO, settings, steps, reward_scores(run, settings, steps))
+    return run, {step.arm.name: step for step in steps}, record
 
 
 def test_arms_share_the_samples_they_have_in_common(every):
-    keys = lambda same: {steps[0]['turns'].key for (arm, _), steps in every[1].items() if 'turns' in steps[0] and arm.endswith('_same') == same}
+    keys = lambda same: {step.turns.key for arm, step in every[1].items() if step.turns and arm.endswith('_same') == same}
     assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
 
 
 def test_arms_that_are_compared_learn_from_the_same_problems(every):
-    asked = lambda arm, agent: set(every[1][arm, 0][0]['chosen'][agent].read('data').problem_id)
-    for agent in every[1]['mars_po', 0][0]['chosen']:
+    asked = lambda arm, agent: {p for f in every[1][arm].fits if f.learner == agent for p in f.data.read('data').problem_id}
+    for agent in [a.name for a in every[1]['mars_po'].team]:
         assert asked('mars_po', agent) == asked('sft_hybrid', agent) == asked('mars_po_random', agent) == asked('mars_po_pooled', agent)
 
 
 def test_a_reward_model_learns_the_grades_its_arm_sees_and_is_shared_where_they_are_the_same(every):
-    model = lambda arm: every[1][arm, 0][0]['ranker']['model'].path
+    model = lambda arm: every[1][arm].more['reward_model'].path
     assert model('mars_po') == model('sft_own') == model('dpo') == model('mars_po_ranked')
     assert len({model('mars_po'), model('mars_po_flipped'), model('mars_po_same')}) == 3
-    assert every[1]['mars_po_random', 0][0]['ranker'] is None
+    assert every[1]['mars_po_random'].more['reward_model'] is None
 
 
 def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     record = every[2]
-    assert set(pd.read_parquet(record/'results.parquet').arm) == set(ARMS)
-    assert set(pd.read_csv(record/'selection.csv').arm) == {arm.name for arm in ARMS.values() if arm.data}
+    assert set(pd.read_parquet(record/'results.parquet').arm) == {arm.name for arm in ARMS}
+    assert set(pd.read_csv(record/'selection.csv').arm) == {arm.name for arm in ARMS if arm.data}
     assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'} # the first that each reward model chose for
     drawn = {p.name for p in redraw(record, tmp_path)}
     assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png', 'training.png'} <= drawn
@@ -88,12 +90,12 @@ def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
     @stage()
     def make_agent(draft, *, name:str, seed:int, share:float): train_tiny(name, seed, draft.path, share=.02)
     monkeypatch.setattr('mapo.mars_po.make_agent', make_agent)
-    settings = mars_po_settings('smoke', **SMALL, retrain=[1])
-    done = all_arms(Run('retrain', {}, root=tmp_path), settings, 'base', [0, 1], 'dev')
-    keys = {seed: set(steps[0]['measured']['evaluate'][0].read('turns').model_key) for (_, seed), steps in done.items()}
+    settings = MARS_PO.settings('smoke', **SMALL, retrain=[1])
+    steps = compute(Run('retrain', {}, root=tmp_path), MARS_PO, settings, 'base', [0, 1], 'dev')
+    keys = {step.seed: set(step.measured['evaluate'][0].read('turns').model_key) for step in steps}
     assert len(keys[0]) == len(keys[1]) == 3 and not keys[0] & keys[1]
     with pytest.raises(ValueError, match='seed 1 retrains its agents, which only tiny agents can be'):
-        all_arms(Run('other', {}, root=tmp_path), replace(settings, agents=('somebody/model',)), 'base', [1], 'dev')
+        compute(Run('other', {}, root=tmp_path), MARS_PO, replace(settings, agents=('somebody/model',)), 'base', [1], 'dev')
 
 
 @pytest.mark.parametrize('how,sentence', [
@@ -103,7 +105,7 @@ def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
     (dict(arms='mars'), "mars_po has no arm 'mars'")])
 def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        all_arms(Run('refused', {}, root=tmp_path), mars_po_settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
+        compute(Run('refused', {}, root=tmp_path), MARS_PO, MARS_PO.settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
     assert not list(tmp_path.rglob('*.parquet'))
 
 
@@ -111,22 +113,22 @@ def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     ('tiny:base', "has no score head|is not a reward model|reward"),
     ('./nowhere', "there is no file or folder './nowhere'")])
 def test_a_reward_model_that_is_none_is_refused(path, sentence, tmp_path):
-    settings = mars_po_settings('smoke', **SMALL, reward_model=path)
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence): all_arms(Run('none', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
+    settings = MARS_PO.settings('smoke', **SMALL, reward_model=path)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence): compute(Run('none', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
 def test_one_more_alpha_trains_again_and_does_not_sample_again(tmp_path):
-    settings = mars_po_settings('smoke', **SMALL | dict(iterations=1))
-    mars_po_experiment(Run('first', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
+    settings = MARS_PO.settings('smoke', **SMALL | dict(iterations=1))
+    experiment(Run('first', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
     second = Run('second', {}, root=tmp_path)
-    mars_po_experiment(second, mars_po_settings('smoke', **SMALL | dict(iterations=1, alpha_first=.9)), 'mars_po', [0], 'dev')
+    experiment(second, MARS_PO, MARS_PO.settings('smoke', **SMALL | dict(iterations=1, alpha_first=.9)), 'mars_po', [0], 'dev')
     made = [s['stage'] for s in second.stages if not s['reused']]
     assert made.count('tune_dpo') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
 
 
 def test_nobody_right_is_one_sentence(tmp_path):
-    settings = mars_po_settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
-    with pytest.raises(ValueError, match='mars_po: no pairs for the reward model from 8 problems'): mars_po_experiment(Run('wrong', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
+    settings = MARS_PO.settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
+    with pytest.raises(ValueError, match='mars_po: no pairs for the reward model from 8 problems'): experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
 @pytest.mark.parametrize('command,sentence', [

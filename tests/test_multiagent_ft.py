@@ -6,15 +6,19 @@ import pytest
 
 from mapo.cli import checked, notebook, parameters
 from mapo.engines import TransformersEngine
-from mapo.multiagent_ft import (ARMS, CORE, MULTIAGENT_FT, MultiagentFT, learners, multiagent_ft, multiagent_ft_experiment, multiagent_ft_settings,
-                                problem_set, speakers, talk)
-from mapo.report import redraw
+from mapo.experiment import experiment
+from mapo.methods import make_problems
+from mapo.multiagent_ft import CLAIMS, CORE, MULTIAGENT_FT, MultiagentFT, discuss, learners, multiagent_ft, speakers
+from mapo.report import claims_table, load_record, redraw
 from mapo.runs import Run, stage
 
 SMALL = dict(n_train=6, n_dev=4, n_test=4, n_transfer=4, n_diversity=4, iterations=1, updates=1, batch_size=4, transfer='')
 
 
-def small(**changes): return multiagent_ft_settings('smoke', **SMALL | changes)
+def small(**changes): return MULTIAGENT_FT.settings('smoke', **SMALL | changes)
+
+
+def arm(name): return MULTIAGENT_FT.arm(name)
 
 
 def test_the_notebook_offers_every_setting_and_nothing_else():
@@ -23,34 +27,31 @@ def test_the_notebook_offers_every_setting_and_nothing_else():
 
 
 def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
-    for preset in MULTIAGENT_FT.values():
+    for preset in MULTIAGENT_FT.presets.values():
         given = {f.name: getattr(preset, f.name) for f in fields(MultiagentFT)}
-        assert multiagent_ft_settings('tiny', **{k: v for k, v in checked('multiagent_ft', given).items() if k in given}) == preset
+        assert MULTIAGENT_FT.settings('tiny', **{k: v for k, v in checked('multiagent_ft', given).items() if k in given}) == preset
 
 
-def chosen(run, settings, arm):
-    problems = problem_set(run, settings)
-    steps = multiagent_ft(run, settings, ARMS[arm], 0, problems, 'dev')
-    return {name: artifact.read('data').to_dict('list') for name, artifact in steps[0]['lessons'].items()}
+def chosen(run, settings, name, problems):
+    [step] = multiagent_ft(run, arm(name).settings(settings), arm(name), 0, problems, 'dev')
+    return {f.learner: f.data.read('data').to_dict('list') for f in step.fits}
 
 
-@pytest.mark.parametrize('arm', ['multiagent_ft', 'majority_ft', 'debate_dpo', 'star'])
-def test_gold_answers_are_read_by_star_alone(arm, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', ['multiagent_ft', 'majority_ft', 'debate_dpo', 'star'])
+def test_gold_answers_are_read_by_star_alone(name, tmp_path):
     @stage()
     def spoilt(draft, *, problems): draft.write('problems', problems.read('problems').assign(answer='-17', solution='no'))
     settings = small(temperature=1.)
-    honest = chosen(Run('honest', {}, root=tmp_path), settings, arm)
-    monkeypatch.setattr('mapo.multiagent_ft.problem_set', lambda run, s: None)
-    run = Run('spoilt', {}, root=tmp_path)
-    steps = multiagent_ft(run, settings, ARMS[arm], 0, run.stage(spoilt, problems=problem_set(run, settings)), 'dev')
-    blind = {name: artifact.read('data').to_dict('list') for name, artifact in steps[0]['lessons'].items()}
-    assert (str(blind) == str(honest)) == (arm != 'star')
+    run = Run('honest', {}, root=tmp_path)
+    problems = run.stage(make_problems, **settings.problem_set())
+    honest, blind = (chosen(run, settings, name, asked) for asked in (problems, run.stage(spoilt, problems=problems)))
+    assert (str(blind) == str(honest)) == (name != 'star')
 
 
 @pytest.mark.parametrize('sizes', [dict(seats=1), dict(rounds=1), dict(seats=2, rounds=3, critic_turns='all agreeing'), dict(lora_rank=2), dict(unique_ids='{kind}{seat}')])
 def test_debates_of_every_size_run_to_the_end(sizes, tmp_path):
     settings = small(**sizes)
-    record = multiagent_ft_experiment(Run('sizes', {k: v for k, v in sizes.items()}, root=tmp_path), settings, 'multiagent_ft', [0], 'dev')
+    record = experiment(Run('sizes', {k: v for k, v in sizes.items()}, root=tmp_path), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
     assert set(zip(rows.arm, rows.iteration)) == {('base', 0), ('majority', 0), ('debate', 0), ('multiagent_ft', 1)}
     assert redraw(record, tmp_path/'figures')
@@ -58,7 +59,7 @@ def test_debates_of_every_size_run_to_the_end(sizes, tmp_path):
 
 def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(tmp_path):
     settings = small(n_train=1, corrected=1.)
-    record = multiagent_ft_experiment(Run('none', {}, root=tmp_path), settings, 'multiagent_ft', [0], 'dev')
+    record = experiment(Run('none', {}, root=tmp_path), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
     lessons = pd.read_csv(record/'lessons.csv', keep_default_na=False)
     none = lessons[lessons.examples == 0]
     assert len(none) and (none.kept_as_it_was != '').all() and (none.updates == 0).all()
@@ -68,22 +69,22 @@ def test_agents_that_all_fail_to_answer_have_no_majority_and_teach_nothing(tmp_p
     generate = TransformersEngine.generate
     monkeypatch.setattr(TransformersEngine, 'generate', lambda self, requests, sampling: [[replace(c, text='') for c in cs] for cs in generate(self, requests, sampling)])
     settings,run = small(),Run('mute', {}, root=tmp_path)
-    steps = multiagent_ft(run, settings, ARMS['multiagent_ft'], 0, problem_set(run, settings), 'dev')
-    votes = steps[0]['scores'][0].read('votes')
-    assert votes.answer.isna().all() and (votes.share == 0).all() and not steps[0]['made']
-    assert multiagent_ft_experiment(Run('mute', {}, root=tmp_path), settings, 'multiagent_ft', [0], 'dev')
+    [step] = multiagent_ft(run, settings, arm('multiagent_ft'), 0, run.stage(make_problems, **settings.problem_set()), 'dev')
+    votes = step.scores[0].read('votes')
+    assert votes.answer.isna().all() and (votes.share == 0).all() and not any(f.training for f in step.fits)
+    assert experiment(Run('mute', {}, root=tmp_path), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
 
 
 def test_who_shares_a_model_trains_it_once():
     settings = small()
-    assert list(learners(settings, ARMS['multiagent_ft_no_critics'])) == ['seat-1', 'seat-2', 'seat-3']
-    assert learners(settings, ARMS['single_agent']) == {'one': ('gen-1', 'gen-2', 'gen-3', 'crit-1', 'crit-2', 'crit-3')}
+    assert list(learners(settings, arm('multiagent_ft_no_critics'))) == ['seat-1', 'seat-2', 'seat-3']
+    assert learners(settings, arm('single_agent')) == {'one': ('gen-1', 'gen-2', 'gen-3', 'crit-1', 'crit-2', 'crit-3')}
 
 
 def test_a_debate_killed_in_its_second_round_goes_on_where_it_stopped(tmp_path, monkeypatch):
     settings = small(chunk_answers=5, summarize=False)
     whole = Run('whole', {}, root=tmp_path/'whole')
-    undisturbed = talk(whole, settings, speakers(settings), problem_set(whole, settings), 'train', 'train', 1, 0, 2)
+    undisturbed = discuss(whole, settings, speakers(settings), whole.stage(make_problems, **settings.problem_set()), 'train', 'train', 1, 0, 2)
     calls,generate = [],TransformersEngine.generate
     def dies(self, requests, sampling):
         calls.append(len(requests))
@@ -91,16 +92,39 @@ def test_a_debate_killed_in_its_second_round_goes_on_where_it_stopped(tmp_path, 
         return generate(self, requests, sampling)
     monkeypatch.setattr(TransformersEngine, 'generate', dies)
     killed = Run('killed', {}, root=tmp_path/'killed')
-    problems = problem_set(killed, settings)
-    with pytest.raises(KeyboardInterrupt): talk(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
-    resumed = talk(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
+    problems = killed.stage(make_problems, **settings.problem_set())
+    with pytest.raises(KeyboardInterrupt): discuss(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
+    resumed = discuss(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
     assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files'] # 4 + 4 chunks, one of them twice
 
 
 def test_core_is_what_its_record_draws(tmp_path):
-    record = multiagent_ft_experiment(Run('core', {}, root=tmp_path), small(transfer='arithmetic'), 'core', [0], 'dev')
+    record = experiment(Run('core', {}, root=tmp_path), MULTIAGENT_FT, small(transfer='arithmetic'), 'core', [0], 'dev')
     assert set(pd.read_parquet(record/'results.parquet').arm) == set(CORE)
     drawn = {p.name for p in redraw(record, tmp_path/'figures')}
     assert {'accuracy.png', 'readouts.png', 'diversity.png', 'claims.md', 'comparisons.md', 'results.md', 'cost.svg'} <= drawn
     readouts = pd.read_csv(record/'readouts.csv')
     assert set(readouts.readout) == {'alone', 'vote', 'debate', 'alone, greedy'}
+
+
+@pytest.mark.parametrize('updates', [0, 1])
+def test_no_comparison_holds_an_arm_against_itself(updates, tmp_path):
+    "Updates by epochs make `single_agent_total` another name of `single_agent`."
+    record = experiment(Run('total', dict(updates=updates), root=tmp_path), MULTIAGENT_FT, small(updates=updates, epochs=1.), 'single_agent,single_agent_total,multiagent_ft', [0], 'dev')
+    rows, _, manifest = load_record(record)
+    one, total = (rows[rows.arm == arm].drop(columns='arm').reset_index(drop=True) for arm in ('single_agent', 'single_agent_total'))
+    assert not updates or ['multiagent_ft', 'single_agent_total'] in manifest['comparisons']
+    if updates: return
+    assert one.equals(total), 'they are the same arm'
+    assert manifest['not_compared'] == [['multiagent_ft', 'single_agent_total', 'which is Multiagent FT against single-agent FT under these settings']]
+    assert ['multiagent_ft', 'single_agent_total'] not in manifest['comparisons'] and ['multiagent_ft', 'single_agent'] in manifest['comparisons']
+    verdict, = claims_table([c for c in manifest['claims'] if c['tests'] == [['multiagent_ft@1', 'single_agent_total@1']]], rows).verdict
+    assert verdict.startswith('not testable here: it holds Multiagent FT, iteration 1 against single-agent FT, equal total updates, iteration 1')
+    redraw(record, tmp_path/'figures')
+    assert 'Not compared: Multiagent FT and single-agent FT, equal total updates' in (tmp_path/'figures'/'comparisons.md').read_text()
+
+
+def test_claims_of_one_iteration_are_read_after_the_first():
+    for claim in CLAIMS:
+        trained = [side for test in claim['tests'] for side in test if arm(side.partition('@')[0]).models and not arm(side.partition('@')[0]).settings(MULTIAGENT_FT.presets['tiny']).iterations == 1]
+        assert all('@' in side for side in trained), claim['claim']

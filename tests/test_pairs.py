@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapo.pairs import (MESSAGES, NothingToLearn, Selection, as_sampled, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
-                        own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners)
+                        own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners, with_mistakes)
 from mapo.rewards import example_turns
 
 AGENTS = ['ada', 'bob', 'cid']
+QUESTIONS = pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(30)], question='?'))
 EVERY = Selection(n_positives=0, n_negatives=0, n_pairs=0)
 BUILDERS = dict(hybrid_pairs=(hybrid_pairs, AGENTS, ['ada']), own_pairs=(own_pairs, ['ada'], ['ada']), pooled_pairs=(pooled_pairs, AGENTS, AGENTS))
 
@@ -287,3 +288,25 @@ def test_examples_as_often_as_they_were_sampled():
     for t in again.drop_duplicates('turn_id').itertuples():
         assert (again.turn_id == t.turn_id).sum() == said.count((t.context_id, t.completion[0]['content'].strip()))
     assert counts.loc[counts.part == 'examples', 'count'].sum() == len(again)
+
+
+def asked_pairs(turns, contexts, agent, selection): return reward_pairs(turns, QUESTIONS, selection)
+
+
+@pytest.mark.parametrize('build', [hybrid_pairs, own_pairs, pooled_pairs, hybrid_positives, own_positives, asked_pairs])
+def test_a_summary_is_never_learnt_from(build):
+    "Not even one that somebody scored, of the agent itself, and of a text that nobody else wrote."
+    turns, contexts = random_turns(0)
+    asked = turns[turns.agent == 'ada'].drop_duplicates('problem_id')
+    asked = asked.assign(role='summarizer', finish_reason='stop')
+    scored = lambda score: asked.assign(turn_id=asked.turn_id + f'-{score}', text=f'all say {score}', correct=score)
+    with_them = pd.concat([turns, scored(0.), scored(1.)], ignore_index=True)
+    without, found = build(turns, contexts, 'ada', EVERY), build(with_them, contexts, 'ada', EVERY)
+    assert found.table.equals(without.table)
+    assert found.counts.query("fate == 'a summary'")['count'].tolist() in ([2*len(asked)], [2*len(asked)]*2)
+
+
+def test_a_summarizer_makes_no_mistakes():
+    turns, _ = random_turns(0)
+    with pytest.raises(NothingToLearn, match='it made no mistake'):
+        with_mistakes(turns.assign(role=np.where(turns.agent == 'ada', 'summarizer', 'generator'), correct=0.), 'ada')

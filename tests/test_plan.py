@@ -10,6 +10,7 @@ import pytest
 
 from conftest import REPO, command
 from mapo.agents import CHECKPOINTS, Model
+from mapo.experiment import compute, experiment
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.methods import LICENCES
@@ -23,14 +24,15 @@ ARMS = dict(
     mars_po='sft_own,mars_po_flipped', # stages that both ask for, examples and pairs, flipped labels, reward models that are trained
     multiagent_ft='debate_dpo', # summaries, critics' lessons, judged pairs, likelihoods and divergences
     malt='malt_shuffled,debate') # trees, SFT and DPO, chains, critiques of other problems, a debate
-PRESETS = dict(mars_po=MARS_PO, multiagent_ft=MULTIAGENT_FT, malt=MALT)
+PRESETS = {e.name: e.presets for e in (MARS_PO, MULTIAGENT_FT, MALT)}
 
 
 def real(name, folder, **settings):
     "A real run of the smallest preset, and the plan of the same."
     run = Run(name, dict(preset='smoke', arms=ARMS[name]), root=folder)
-    make, ask = PAPERS[name]
-    ask(run, make('smoke', **settings), ARMS[name], [0], 'dev')
+    e = PAPERS[name]
+    s = e.settings('smoke', **settings)
+    e.beyond(run, s, compute(run, e, s, ARMS[name], [0], 'dev'))
     return run, plan_paper(name, 'smoke', ARMS[name], **settings)
 
 
@@ -54,15 +56,11 @@ def test_stages_are_those_of_a_run(ran):
 @pytest.mark.parametrize('name', PAPERS)
 def test_stages_are_those_of_the_experiment(name, monkeypatch):
     "A plan asks for what the experiment asks for, up to its record."
-    import importlib
-    module = importlib.import_module(f'mapo.{name}')
-    for ends in ('write_record', 'judge_rewards'):
-        if hasattr(module, ends): monkeypatch.setattr(module, ends, lambda *_: None)
-    plan = plan_paper(name, 'smoke', 'all', seeds=[0, 1])
+    monkeypatch.setattr('mapo.experiment.write_record', lambda *_: None)
+    plan,e = plan_paper(name, 'smoke', 'all', seeds=[0, 1]),PAPERS[name]
     run = type(plan)('the same', plan.prompt_tokens)
-    getattr(module, f'{name}_experiment')(run, PAPERS[name][0]('smoke'), 'all', [0, 1], 'dev')
-    assert {plan.planned[p].stage for p in plan.planned.keys() - run.planned.keys()} <= {'prompt_tokens'} # which the record of MALT asks for
-    assert run.asked == {key: n for key, n in plan.asked.items() if key in run.asked}
+    experiment(run, e, e.settings('smoke'), 'all', [0, 1], 'dev')
+    assert run.asked == plan.asked
 
 
 def test_conversations_are_those_of_a_run(talked):
@@ -191,8 +189,8 @@ def test_settings_that_a_machine_may_be_told_are_those_of_training():
 
 
 def test_the_presets_models_and_licences_are_known():
-    used = {m for s in MARS_PO.values() for m in (*s.agents, *s.same_agents, s.reward_model, s.reward_init)}
-    used |= {s.model for s in MULTIAGENT_FT.values()} | {m for s in MALT.values() for m in (s.generator, s.verifier, s.refiner)}
+    used = {m for s in MARS_PO.presets.values() for m in (*s.agents, *s.same_agents, s.reward_model, s.reward_init)}
+    used |= {s.model for s in MULTIAGENT_FT.presets.values()} | {m for s in MALT.presets.values() for m in (s.generator, s.verifier, s.refiner)}
     used = {m for m in used if m and not m.startswith('tiny:')}
     assert used <= CONFIGS.keys() and used <= LICENCES.keys()
     assert set(LICENCES.values()) <= CONDITIONS.keys()

@@ -90,6 +90,11 @@ def test_everything_a_small_form_has_can_be_asked_for():
     (b'[1, 2]', 'line 1 is list, not an object'),
     (b'{"question": "\\ud800", "answer": "#### 1"}', 'half a surrogate pair'),
     (b'[' * 100_000, 'line 1 is nested too deeply'),
+    (b'{"question": "q", "answer": "#### 1", "answer": "#### 2"}', "line 1 says 'answer' twice"),
+    (b'{"question": "q", "answer": "#### 1", "meta": {"a": 1, "a": 1}}', "line 1 says 'a' twice"),
+    (b'{"question": "q", "answer": NaN}', "field 'answer' is nan"),
+    (b'{"question": "q", "answer": true}', "field 'answer' is bool"),
+    (b'{"question": "q", "answer": "#### 1"}\r{"question": "q"}\r', "line 2 has no field 'answer'"),
     (b'', 'holds no rows'),
     (b'null\n', 'line 1 is NoneType')])
 def test_bad_files_are_refused_in_one_sentence(tmp_path, content, message):
@@ -103,6 +108,15 @@ def test_absent_file_and_byte_order_mark(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere.jsonl'): gsm8k(path=tmp_path/'nowhere.jsonl')
     (tmp_path/'bom.jsonl').write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
     assert read_jsonl(tmp_path/'bom.jsonl') == [{'a': 1}]
+
+
+def test_every_line_end_and_golds_that_are_numbers(tmp_path):
+    rows = [b'{"question": "q\\r", "answer": 5}', b'{"question": "r", "answer": 27.0}', b'{"question": "s", "answer": "so #### 1,000"}']
+    for end in (b'\n', b'\r\n', b'\r'):
+        (tmp_path/'rows.jsonl').write_bytes(end.join(rows))
+        assert gsm8k('test', tmp_path/'rows.jsonl')[['answer', 'solution']].values.tolist() == [['5', ''], ['27.0', ''], ['1000', 'so #### 1,000']]
+    (tmp_path/'math.jsonl').write_text('{"problem": "p", "answer": -2}\n{"problem": "q", "answer": ""}\n')
+    with pytest.warns(UserWarning, match='1 problems'): assert math_500(tmp_path/'math.jsonl').answer.tolist() == ['-2']
 
 
 HUB = {'openai/gsm8k': [dict(question='How many?', answer='so\n#### 1,000')],

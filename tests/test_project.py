@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 from importlib.resources import files
@@ -168,3 +169,29 @@ def test_figures_and_notebook_are_what_the_record_draws(record, tmp_path):
     run,notebook = json.loads((record/'manifest.json').read_text())['run'],Path('nbs')/'papers'/f'{record.name}.ipynb'
     if not (REPO/notebook).exists(): return # a second run of an experiment, published under a name of its own
     assert run in '\n'.join(t for o in outputs(read(notebook)) for t in texts(o)), f'{notebook} does not show run {run}; run `make figures`'
+
+
+def git(*arguments): return subprocess.run(['git', *arguments], cwd=REPO, capture_output=True, text=True)
+
+
+GRIDS = sorted(p.name.removesuffix('_rates') for p in (REPO/'figures'/'record').glob('*_rates'))
+
+
+def commit_of(record): return json.loads((REPO/'figures'/'record'/record/'manifest.json').read_text())['commit']
+
+
+@pytest.mark.parametrize('paper', GRIDS)
+def test_a_grid_of_rates_says_whether_it_came_before_the_test_run(paper):
+    "The order that a page tells is that of the commits in the two manifests, where the history is at hand."
+    grid, run = commit_of(f'{paper}_rates'), commit_of(paper)
+    if any(git('cat-file', '-e', f'{commit}^{{commit}}').returncode for commit in (grid, run)):
+        pytest.skip('the history is not at hand')
+    cells = read(Path('nbs')/'papers'/f'{paper}_rates.ipynb').cells
+    page = '\n'.join(c.source for c in cells if c.cell_type == 'markdown')
+    for commit in (grid, run):
+        time = git('show', '-s', '--format=%ad', '--date=format:%H:%M', commit).stdout.strip()
+        assert f'commit `{commit[:7]}` of {time}' in page, f'{commit[:7]} is of {time}'
+    before, after = (git('merge-base', '--is-ancestor', *pair).returncode == 0 for pair in ((grid, run), (run, grid)))
+    assert before != after, 'one commit is the ancestor of the other'
+    said = re.findall(r'this grid was made \*\*(before|after)\*\* the test run', page)
+    assert said == ['before' if before else 'after'] and not re.search(r'[Bb]efore \[?the experiment', page)

@@ -2,6 +2,7 @@
 import html.parser
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,19 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text as Words
 
-from mapo.report import (arm_label, arm_style, arms, average_diversity, base_arms, choose_rates, claims_table, compare_to_record, diversity_table, escape, figure_arms, figure_style, flag_failures, flag_selection,
-                         flips_table, formatted, load_record, markdown, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips, plot_rates, plot_readouts, plot_sweep, plot_training, printable,
+from mapo.experiment import drawable
+from mapo.malt import MALT
+from mapo.mars_po import MARS_PO
+from mapo.multiagent_ft import MULTIAGENT_FT
+from mapo.report import (arm_label, arm_style, arms, average_diversity, base_arms, choose_rates, claims_table, compare_to_record, comparisons_table, correct_record, diversity_table, escape, figure_arms, figure_style, flag_failures, flag_selection,
+                         flips_table, formatted, know_arms, load_record, markdown, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips, plot_rates, plot_readouts, plot_sweep, plot_training, printable,
                          readouts_table, redraw, results_table, save_figure, save_record, save_table, show_pairs, show_table, sweep_table)
 
-manifest = dict(run='0a1b2c3d', command='mapo run mars_po', commit='f00', parameters={'alpha': .1}, hardware='a test',
-                comparisons=[['mars_po', 'dpo']], claims=[dict(claim='better', paper='none', tests=[['mars_po', 'dpo']])], seeds_vary='A seed varies the draw.')
+for experiment in (MARS_PO, MULTIAGENT_FT, MALT): know_arms([arm.drawn() for arm in experiment.arms])
+
+manifest = dict(run='0a1b2c3d', command='mapo run mars_po', arms=[arm.drawn() for arm in MARS_PO.arms], commit='f00', parameters={'alpha': .1}, hardware='a test',
+                comparisons=[['mars_po', 'dpo']], seeds_vary='A seed varies the draw.',
+                claims=[dict(claim='better', paper='none', refuted_if='worse', tests=[['mars_po', 'dpo']])])
 
 
 def team(arm, levels, seeds=(0, 1), problems=60, greedy=True):
@@ -29,6 +37,11 @@ def team(arm, levels, seeds=(0, 1), problems=60, greedy=True):
 
 
 def hash_of(text): return sum(map(ord, text))
+
+
+def figures(experiment, rows):
+    "What a manifest says of figures."
+    return dict(figures=drawable(experiment.figures, set(rows.arm)))
 
 
 @pytest.fixture(scope='module')
@@ -145,8 +158,12 @@ def test_a_repeated_run_agrees_with_itself_and_not_with_a_worse_one(rows):
 
 
 def test_a_claim_needs_its_arms_and_more_than_one_seed(rows):
-    claims = [dict(claim='without NLL', paper='none', tests=[['mars_po', 'mars_po_no_nll']]), dict(claim='rises', paper='none', tests=[['mars_po@2', 'mars_po@1'], ['mars_po@9', 'mars_po@1']])]
-    assert [*claims_table(claims, rows).verdict] == ['not tested']*3
+    claim = lambda **of: dict(paper='none', refuted_if='worse') | of
+    claims = [claim(claim='without NLL', tests=[['mars_po', 'mars_po_no_nll']]),
+              claim(claim='rises', tests=[['mars_po@2', 'mars_po@1'], ['mars_po@9', 'mars_po@1']])]
+    one, rises, _ = claims_table(claims, rows).verdict
+    assert one == 'not testable here: this run has no Mars-PO without NLL'
+    assert rises == 'not testable here: this run has no Mars-PO, iteration 9'
     one = claims_table(manifest['claims'], rows[rows.seed == 0], manifest['comparisons'])
     assert [*one.verdict] == ['undecided: these checkpoints only'] and one.p_holm[0] < .05
 
@@ -154,12 +171,83 @@ def test_a_claim_needs_its_arms_and_more_than_one_seed(rows):
 def test_a_claim_of_several_tests_holds_only_whole():
     levels = {0: dict(a=.5, b=.5)}
     rows = pd.concat([team('base', levels, seeds=range(6)), team('mars_po', {1: dict(a=.8, b=.2)}, seeds=range(6)), team('dpo', {1: dict(a=.8, b=.8)}, seeds=range(6))])
-    claim = lambda arm: dict(claim=f'both gain under {arm}', paper='none', tests=[[f'{arm}:{n}', f'base:{n}'] for n in 'ab'])
+    claim = lambda arm: dict(claim=f'both gain under {arm}', paper='none', refuted_if='one loses',
+                             tests=[[f'{arm}:{n}', f'base:{n}'] for n in 'ab'])
     judged = claims_table([claim('mars_po'), claim('dpo')], rows)
     assert [*judged.verdict] == ['fails']*2 + ['holds']*2
     assert {*judged.family} == {'further'}
     with_primary = claims_table([claim('dpo')], rows, [('dpo:a', 'base:a')])
     assert [*with_primary.family] == ['primary', 'further'] and with_primary.p_holm[1] < judged.p_holm[3]  # two families of one test, no family of four
+
+
+def drawn(differences, seeds=3, problems=50):
+    "Compact rows of arms `a` and `b` whose sampled and greedy accuracy differ by what is given, seed by seed."
+    share = lambda arm, metric, s: .5 + (differences[metric][s] if arm == 'a' else 0)
+    row = lambda arm, s, i: dict(arm=arm, seed=s, iteration=int(arm == 'a'), agent='team', problem_id=f'p{i:02}', n=100,
+                                 c=round(100*share(arm, 'sampled', s)), greedy=float(i < problems*share(arm, 'greedy', s)))
+    return pd.DataFrame([row(arm, s, i) for arm in 'ab' for s in range(seeds) for i in range(problems)])
+
+
+@pytest.mark.parametrize('sampled, greedy, verdict', [
+    ([.1, .11, .12], [.1, .12, .14], 'holds'),
+    ([-.1, -.11, -.12], [-.1, -.12, -.14], 'fails'),
+    ([-.1, .1, .05], [.1, -.1, .02], 'undecided'),
+    ([-.1, -.11, -.12], [.1, -.1, .02], 'fails sampled, undecided greedy'),
+    ([.1, .11, .12], [-.1, -.12, -.14], 'holds sampled, fails greedy')])
+def test_a_verdict_is_of_sampled_and_of_greedy_answers(sampled, greedy, verdict):
+    claims = [dict(claim='better', paper='none', refuted_if='worse', tests=[['a', 'b']])]
+    assert claims_table(claims, drawn(dict(sampled=sampled, greedy=greedy))).verdict[0] == verdict
+
+
+def test_a_loss_is_not_hidden_behind_the_number_of_tests():
+    "A loss that is undecided among all tests fails its own claim; a gain of the same size does not make one hold."
+    rows = drawn(dict(sampled=[-.05, -.1, -.07], greedy=[0, 0, 0])).assign(greedy=np.nan)
+    more = pd.concat([rows, *(rows[rows.arm == 'a'].assign(arm=f'a{i}') for i in range(9))], ignore_index=True)
+    claim = lambda *test: dict(claim=f'{test}', paper='none', refuted_if='worse', tests=[[*test]])
+    judged = claims_table([claim('a', 'b'), claim('b', 'a1'), *(claim(f'a{i}', 'b') for i in range(9))], more)
+    assert (judged.p_holm > .05).all() and judged.verdict[0] == 'fails' and judged.verdict[1] == 'undecided'
+
+
+def test_a_claim_says_what_counts_against_it_and_whether_its_control_was_trained(rows):
+    both = dict(claim='both', paper='none', refuted_if='worse', tests=[['mars_po', 'dpo'], ['mars_po', 'base']])
+    judged = claims_table([both], rows)
+    assert [*judged.control] == ['trained', 'untrained'] and [*judged.refuted_if] == ['worse']*2
+    with pytest.raises(ValueError, match="claim 'idle' does not say what would count against it"):
+        claims_table([dict(claim='idle', paper='none', tests=[['mars_po', 'dpo']])], rows)
+
+
+def test_a_reason_stands_where_a_claim_cannot_be_tested(rows):
+    claim = dict(claim='rises', paper='none', refuted_if='falls', tests=[['mars_po', 'base']])
+    judged = claims_table([claim | dict(untestable='nothing was learnt')], rows)
+    assert judged.verdict[0] == 'not testable here: nothing was learnt' and judged.difference.notna().all()
+    itself = claims_table([claim | dict(tests=[['mars_po', 'mars_po@2']])], rows).verdict[0]
+    assert itself == 'not testable here: Mars-PO and Mars-PO, iteration 2 are the same here'
+
+
+def test_no_comparison_holds_an_arm_against_itself(rows):
+    for pair in (('mars_po', 'mars_po'), ('mars_po', 'mars_po@2'), ('base:a', 'base@0:a')):
+        with pytest.raises(ValueError, match='an arm is not held against itself'): comparisons_table(rows, [pair])
+
+
+def test_controls_that_came_afterwards_are_marked_and_corrected_by_themselves(rows):
+    table = comparisons_table(rows, [('mars_po', 'dpo')], [('mars_po', 'base'), ('dpo', 'base')])
+    assert [*table.named] == ['beforehand', 'afterwards', 'afterwards'] and table.p_holm[0] == table.p[0]
+    assert 'named' not in comparisons_table(rows, [('mars_po', 'dpo')])
+    assert {'greedy', 'greedy_low', 'greedy_p_holm'} <= {*table}
+    assert 'greedy' not in comparisons_table(rows.assign(greedy=np.nan), [('mars_po', 'dpo')])
+
+
+def test_a_corrected_record_keeps_its_results_and_says_what_was_wrong(record, tmp_path):
+    shutil.copytree(record, tmp_path/'record')
+    claims = [manifest['claims'][0] | dict(claim='better than its base', tests=[['mars_po', 'base']])]
+    correct_record(tmp_path/'record', '2026-11-28', 'The control was another one.', claims=claims)
+    changed = [p.name for p in sorted(record.iterdir()) if p.read_bytes() != (tmp_path/'record'/p.name).read_bytes()]
+    assert changed == ['manifest.json']
+    redraw(tmp_path/'record', tmp_path/'drawn')
+    assert 'Claims corrected on 2026-11-28: The control was another one.' in (tmp_path/'drawn/claims.md').read_text()
+    for recorded in ('run', 'comparisons', 'settings'):
+        with pytest.raises(ValueError, match='was recorded and stays as it is'):
+            correct_record(tmp_path/'record', '2026-11-28', 'no', **{recorded: 'another'})
 
 
 @pytest.fixture(scope='module')
@@ -198,14 +286,15 @@ def apart(figure):
 
 
 def test_seventeen_arms_are_drawn_without_overlap(everything):
-    rows, drawn = everything['rows'], figure_arms(everything['rows'], {})
-    figures = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same')] + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']), plot_rates(everything['rates'])]
-    for figure in figures: apart(figure)
+    rows = everything['rows']
+    drawn = figure_arms(rows, figures(MARS_PO, rows))
+    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same')] + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']), plot_rates(everything['rates'])]
+    for figure in shown: apart(figure)
 
 
 def test_a_record_of_everything_draws_every_figure_twice_the_same(everything, tmp_path):
     comparisons = [['mars_po', 'dpo_nll'], ['mars_po_same', 'base_same']]
-    save_record(tmp_path/'record', everything['rows'], everything['costs'], manifest | dict(comparisons=comparisons, claims=[]), training=everything['training'], rates=everything['rates'], selection=everything['selection'])
+    save_record(tmp_path/'record', everything['rows'], everything['costs'], manifest | dict(comparisons=comparisons, claims=[]) | figures(MARS_PO, everything['rows']), training=everything['training'], rates=everything['rates'], selection=everything['selection'])
     names = {f.stem for f in redraw(tmp_path/'record', tmp_path/'one')}
     assert names == {'accuracy', 'ablations', 'same', 'agents', 'training', 'cost', 'rates', 'grid', 'selection', 'results', 'failures', 'comparisons', 'checkpoints'}
     redraw(tmp_path/'record', tmp_path/'two')
@@ -283,9 +372,9 @@ def teams(levels, seeds=(0, 1), problems=60):
 @pytest.fixture(scope='module')
 def debates():
     "Every arm of Multiagent Finetuning, with what was measured beside accuracy."
-    rng, names = np.random.default_rng(0), list(arms)
+    rng = np.random.default_rng(0)
     untrained = ['base', 'majority', 'debate', 'unique_ids', 'cooperative', 'debate_five']
-    trained = names[names.index('star'):names.index('star_sa')]
+    trained = [arm.name for arm in MULTIAGENT_FT.arms if arm.trained]
     assert len(trained) == 16
     rows = teams({a: {0: .5 + .01*i} for i, a in enumerate(untrained)} | {a: {t: .6 + .01*t for t in ((1,) if '_five' in a or 'dpo' in a else (1, 2, 3))} for a in trained})
     last = rows.groupby('arm').iteration.max()
@@ -298,8 +387,7 @@ def debates():
 @pytest.fixture(scope='module')
 def trees():
     "Every arm of MALT, with what was measured beside accuracy."
-    names = list(arms)
-    levels = {a: {0: .5} for a in ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'ma_shuffled', 'debate')} | {a: {1: .6} for a in names[names.index('star_sa'):]}
+    levels = {a: {0: .5} for a in ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'ma_shuffled', 'debate')} | {arm.name: {1: .6} for arm in MALT.arms if arm.trained and arm.label}
     flips = pd.DataFrame([dict(arm=a, iteration=max(t), flip=f, share=v, low=v - .02, high=v + .02) for a, t in levels.items() for f, v in (('wrong to right', .1), ('right to right', .5), ('wrong to wrong', .37), ('right to wrong', .03))])
     readouts = pd.DataFrame([dict(arm=a, iteration=max(t), readout=way, accuracy=.5 + .04*k, low=.45 + .04*k, high=.55 + .04*k, seeds=2, problems=60) for a, t in levels.items() for k, way in enumerate(('vote', 'after verifier', 'after refiner', 'after generator'))])
     sweep = pd.DataFrame([dict(setting=n, value=v, arm=a, accuracy=.6, low=.55, high=.65) for a in ('malt', 'malt_one', 'star_ma') for n, values in (('branching', (2, 3, 4, 5)), ('threshold', (.3, .5, .7)), ('votes', (1, 3, 9))) for v in values])
@@ -310,8 +398,8 @@ def test_a_debate_begins_where_it_was_untrained(debates):
     rows, begin = debates['rows'], dict(bases=dict(multiagent_ft='debate', single_agent='debate'))
     base = base_arms(rows, begin)
     assert base['multiagent_ft'] == 'debate' and base['star'] == base['debate'] == base['base'] == 'base'
-    drawn = figure_arms(rows, begin)
-    assert [*drawn] == ['accuracy', 'ablations', 'one_model', 'variants', 'five', 'training', 'diversity', 'readouts']
+    drawn = figure_arms(rows, begin | figures(MULTIAGENT_FT, rows))
+    assert [*drawn] == ['accuracy', 'ablations', 'seats', 'preferences', 'readouts', 'diversity']
     axes = plot_accuracy(rows[rows.arm.isin(drawn['accuracy'])], base=base).axes[0]
     start = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
     assert start['Multiagent FT'] == start['debate'] != start['STaR'] == start['base']
@@ -345,26 +433,26 @@ def test_a_team_below_its_base_is_named(trees):
 
 
 def test_figures_of_debates_and_trees_are_drawn_without_overlap(debates, trees):
-    begin, drawn = base_arms(debates['rows']), figure_arms(debates['rows'], {})
     rows = debates['rows']
-    figures = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'one_model', 'variants', 'five')]
-    figures += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin), plot_readouts(debates['readouts'], 'run')]
-    figures += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity']) for m in ('consensus', 'kl')]
-    figures += [plot_arms(trees['rows'], run='run'), plot_readouts(trees['readouts'], 'run'), plot_flips(trees['flips'], 'run'), plot_sweep(trees['sweep'], 'run'), plot_sweep(trees['sweep'].query("setting == 'votes'"))]
-    for figure in figures: apart(figure)
+    begin, drawn = base_arms(rows), figure_arms(rows, figures(MULTIAGENT_FT, rows))
+    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'seats', 'preferences')]
+    shown += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin), plot_readouts(debates['readouts'], 'run')]
+    shown += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity']) for m in ('consensus', 'kl')]
+    shown += [plot_arms(trees['rows'], run='run'), plot_readouts(trees['readouts'], 'run'), plot_flips(trees['flips'], 'run'), plot_sweep(trees['sweep'], 'run'), plot_sweep(trees['sweep'].query("setting == 'votes'"))]
+    for figure in shown: apart(figure)
 
 
 def test_records_of_debates_and_trees_draw_the_same_bytes_twice(debates, trees, costs, tmp_path):
     own = {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')}
-    save_record(tmp_path/'debates', debates['rows'], costs[:0], own | dict(bases=dict(multiagent_ft='debate')), diversity=debates['diversity'], readouts=debates['readouts'])
-    save_record(tmp_path/'trees', trees['rows'], costs[:0], own, readouts=trees['readouts'], flips=trees['flips'], sweep=trees['sweep'])
+    save_record(tmp_path/'debates', debates['rows'], costs[:0], own | dict(bases=dict(multiagent_ft='debate')) | figures(MULTIAGENT_FT, debates['rows']), diversity=debates['diversity'], readouts=debates['readouts'])
+    save_record(tmp_path/'trees', trees['rows'], costs[:0], own | figures(MALT, trees['rows']), readouts=trees['readouts'], flips=trees['flips'], sweep=trees['sweep'])
     drawn = {}
     for name in ('debates', 'trees'):
         drawn[name] = {f.name for f in redraw(tmp_path/name, tmp_path/'one'/name) if f.suffix in ('.png', '.md')}
         redraw(tmp_path/name, tmp_path/'two'/name)
         same_files(tmp_path/'one'/name, tmp_path/'two'/name)
     tables = {'results.md', 'accuracy.md', 'failures.md'}
-    assert drawn['debates'] == tables | {f'{n}.png' for n in ('accuracy', 'ablations', 'one_model', 'variants', 'five', 'diversity', 'readouts')} | {'diversity.md', 'readouts.md'}
+    assert drawn['debates'] == tables | {f'{n}.png' for n in ('accuracy', 'ablations', 'seats', 'preferences', 'diversity', 'readouts')} | {'diversity.md', 'readouts.md'}
     assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep') for e in ('png', 'md')} | {f'{n}.png' for n in ('accuracy', 'ablations', 'equal_calls', 'critiques')}
     for file in (tmp_path/'one').rglob('*'):
         if file.suffix in ('.md', '.svg', '.png'): assert b'0a1b2c3d' in file.read_bytes(), file.name
@@ -443,7 +531,7 @@ def test_swept_words_stand_side_by_side(trees):
 def test_a_team_trained_once_has_rows_whatever_its_bases(trees, costs, tmp_path):
     "Lines from nowhere to iteration 1 would say nothing; an arm that is its own base is no other case."
     bases = {a: a for a in ('sa', 'ma')} | dict(malt='ma_vote')
-    save_record(tmp_path/'record', trees['rows'], costs[:0], {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')} | dict(bases=bases))
+    save_record(tmp_path/'record', trees['rows'], costs[:0], {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')} | dict(bases=bases) | figures(MALT, trees['rows']))
     svg = {f.stem: f for f in redraw(tmp_path/'record', tmp_path/'drawn') if f.suffix == '.svg'}
-    with figure_style(): rows = plot_arms(trees['rows'][trees['rows'].arm.isin(figure_arms(trees['rows'], dict(bases=bases))['accuracy'])], run=manifest['run'])
+    with figure_style(): rows = plot_arms(trees['rows'][trees['rows'].arm.isin(figure_arms(trees['rows'], dict(bases=bases) | figures(MALT, trees['rows']))['accuracy'])], run=manifest['run'])
     assert svg['accuracy'].read_bytes() == rows._bytes('svg', 200)

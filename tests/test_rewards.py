@@ -5,7 +5,8 @@ import pytest
 
 from mapo import rewards
 from mapo.answers import Grader
-from mapo.rewards import (agrees, canonical_answers, concordance, example_tree, example_turns, flip_labels, grade, order_among_right, propagate, read_answers, reward,
+from mapo.engines import ScriptedScorer
+from mapo.rewards import (agrees, answering, canonical_answers, concordance, example_tree, example_turns, flip_labels, grade, order_among_right, propagate, read_answers, reward,
                           reward_table, seeded_draw, show_tree, vote, with_scores)
 
 PROBLEMS = pd.DataFrame(dict(problem_id=['p1', 'p2'], question='?', answer=['42', '1'], kind='number'))
@@ -245,3 +246,39 @@ def test_a_tree_shows_any_text_and_runs_none(text):
     html, plain = shown._repr_html_(), str(shown)
     assert '<script' not in html and '<i>' not in html and '<b></b>' not in html and '$' not in html and '\x1b' not in html + plain and '\u202e' not in html + plain
     assert len(plain.splitlines()) == 4 and html.count('<details') == html.count('</details>') == 4
+
+
+def with_summaries():
+    "Turns, and a summary of a right and one of a wrong answer in a seat of their own."
+    said = turns()
+    summaries = said[:2].assign(turn_id=['sum-0', 'sum-1'], agent='sum', role='summarizer', seat=9)
+    return pd.concat([said, summaries], ignore_index=True)
+
+
+@pytest.mark.parametrize('judge', [
+    lambda said: grade(said, PROBLEMS),
+    lambda said: read_answers(said, PROBLEMS),
+    lambda said: reward(said, PROBLEMS, ScriptedScorer(lambda m: len(m[-1]['content']))),
+    lambda said: agrees(said.assign(answer='42'), vote(turns().assign(answer='42'), PROBLEMS), PROBLEMS)],
+    ids=['grade', 'read_answers', 'reward', 'agrees'])
+def test_a_summary_gets_no_score(judge):
+    assert {*judge(with_summaries()).turn_id} == {*turns().turn_id}
+
+
+def test_a_summary_does_not_vote():
+    said = with_summaries()
+    votes = vote(said.assign(answer=np.where(answering(said), '42', '4')), PROBLEMS)
+    assert [*votes.answer] == ['42', '42'] and (votes.share == 1).all()
+
+
+def test_a_summary_lacks_no_score_and_other_turns_do():
+    said, scores = with_summaries(), grade(with_summaries(), PROBLEMS)
+    beside = with_scores(said, scores, 'answer', 'correct').set_index('turn_id')
+    assert beside.loc[['sum-0', 'sum-1'], ['answer', 'correct']].isna().all(axis=None)
+    assert beside.correct[:-2].notna().all()
+    with pytest.raises(ValueError, match="missing for 1 of 10 turns, first 'ada-p1-0'"):
+        with_scores(said, scores[scores.turn_id != 'ada-p1-0'], 'correct')
+
+
+def test_turns_that_do_not_say_their_role_are_refused():
+    with pytest.raises(ValueError, match="no column 'role'"): grade(turns().drop(columns='role'), PROBLEMS)

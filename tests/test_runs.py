@@ -9,10 +9,11 @@ import pytest
 from mapo.runs import Run, StaleCode, runs, stage, write_json
 
 EXPERIMENT = """
-from mapo.mars_po import mars_po_experiment, mars_po_settings
+from mapo.experiment import experiment
+from mapo.mars_po import MARS_PO
 from mapo.runs import Run
-settings = mars_po_settings('smoke', n_train=12, n_dev=8, n_test=8, chunk_answers=16, checkpoint_every=1)
-print(mars_po_experiment(Run('mars_po', dict(preset='smoke')), settings, 'mars_po', [0], 'dev'))
+settings = MARS_PO.settings('smoke', n_train=12, n_dev=8, n_test=8, chunk_answers=16, checkpoint_every=1)
+print(experiment(Run('mars_po', dict(preset='smoke')), MARS_PO, settings, 'mars_po', [0], 'dev'))
 """
 
 
@@ -56,7 +57,8 @@ def test_killed_and_started_again_the_bytes_are_those_of_an_undisturbed_run(acci
     before = contents(tmp_path)
     said = finish(start(tmp_path))
     assert contents(tmp_path) == undisturbed
-    for name in before: assert f'{name} reused' in said, 'finished work was done twice'
+    log = ''.join(p.read_text() for p in tmp_path.glob('*/log.txt'))
+    for name in before: assert f'{name} reused' in log and f'{name} reused' not in said, 'finished work was done twice'
 
 
 def test_two_processes_on_one_run_share_the_work(undisturbed, tmp_path):

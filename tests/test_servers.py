@@ -81,14 +81,14 @@ def asked(cluster, *words):
 
 def test_the_page_from_top_to_bottom(cluster):
     "Install, download, plan, run, run again, results, the array and the job after it, locks."
-    out, said = bash('\n'.join(map(tiny, blocks())), cluster, 900)
+    out, _ = bash('\n'.join(map(tiny, blocks())), cluster, 900)
     root = cluster/'scratch'/'mapo'
     records = {tuple(r['parameters']['seeds']): r for r in (json.loads(p.read_text()) for p in root.glob('*/record.json'))}
     one,whole = records[0,],records[0, 1]
     assert all(s['reused'] for s in one['stages']), 'the same command, given again, did something twice'
     assert whole['stages'] and all(s['reused'] for s in whole['stages']), 'the job after the array found a stage that nobody had made'
     assert (root/whole['id']/'report.ipynb').exists() and (root/whole['id']/'record'/'results.parquet').exists()
-    done = re.findall(r'(\S+) done in', said)
+    done = re.findall(r'(\S+) done in', ''.join(p.read_text() for p in root.glob('*/log.txt')))
     assert len(done) == len(set(done)) == len(list(root.glob('artifacts/*/manifest.json'))), 'a stage was made twice'
     assert out.count('locked by') == 1, 'two processes had the lock at once'
     assert {*records} == {(0,), (1,), (0, 1)} and one['command'] in out, '`mapo runs` lists the commands'
@@ -100,8 +100,8 @@ def test_what_is_installed_and_downloaded_is_there(cluster):
     [pip] = asked(cluster, 'pip', 'install')
     assert pip == ['-c', 'constraints-gpu.txt', '-e', '.[vllm]']
     assert (REPO/'constraints-gpu.txt').exists() and re.search(r'^vllm = ', (REPO/'pyproject.toml').read_text(), re.M)
-    from mapo.mars_po import mars_po_settings
-    s, fetched = mars_po_settings('paper'), asked(cluster, 'hf', 'download')
+    from mapo.mars_po import MARS_PO
+    s, fetched = MARS_PO.settings('paper'), asked(cluster, 'hf', 'download')
     assert {*s.agents, s.reward_model} == {words[0] for words in fetched}
     _, usage = command('hf', 'download', '--help', cwd=REPO, PATH=os.path.dirname(sys.executable))
     assert all(option in usage for words in fetched for option in words if option.startswith('--'))

@@ -1,0 +1,26 @@
+"""Free answers with a careful teacher's verdict: those of free_answers.txt, and others made from MATH-500's gold answers."""
+import random, re
+from pathlib import Path
+
+STYLES = ['The answer is ${0}$.', r'So we get \boxed{{{0}}}.', r'Therefore \[ {0} \]', '**Final Answer**\n\n${0}$', r'Hence it is \({0}\).', '#### {0}',
+          r'<think>Is it \boxed{{1}}? No.</think>The final answer is: $\boxed{{{0}}}$', r'$$\boxed{{{0}}}$$ I hope this helps.<|im_end|>']
+
+
+def hand_written():
+    "`(gold, text, right)`, judged by hand before a grader had seen them."
+    lines = (Path(__file__).parent/'free_answers.txt').read_text().splitlines()
+    rows = [(line[0], *line[2:].partition(' <- ')[::2]) for line in lines if line[:2] in ('+ ', '- ')]
+    return [(gold, text.replace('⏎', '\n'), sign == '+') for sign, gold, text in rows]
+
+
+def generated(golds, seed=0):
+    "`(gold, text, right)`: each gold answer in the style of some model, and with one digit changed, which makes it wrong."
+    draw, rows = random.Random(seed), []
+    for gold in golds:
+        rows.append((gold, draw.choice(STYLES).format(gold), True))
+        digits = [m.start() for m in re.finditer('[0-9]', gold)]
+        if not digits: continue
+        at = draw.choice(digits)
+        changed = gold[:at] + str((int(gold[at]) + draw.randint(1, 8)) % 9 + 1) + gold[at+1:]
+        if changed != gold: rows.append((gold, draw.choice(STYLES).format(changed), False))
+    return rows
