@@ -1,6 +1,8 @@
 """Grading: mapo against plain math-verify, side by side in one run.
 
     python benchmarks/grading.py [SAMPLES.jsonl] [--repeats 3] [--out benchmarks/grading.md]
+    python benchmarks/grading.py --verdicts    # free answers with a careful teacher's verdict (tests/free_answers.py)
+    python benchmarks/grading.py --matrices    # college-level gold answers with long matrices
 
 SAMPLES.jsonl holds one object a line with `gold`, `text` and `kind` (`number`, `math` or `choice`): what a model wrote.
 Without it, texts are simulated from GSM8K's and MATH-500's test sets (see `simulate`), read from the folder
@@ -65,7 +67,10 @@ def by_mapo(golds, texts, kinds, warm):
         if warm: grader.grade(['x+1'], [extract_answer(r'\boxed{1+x}', 'math')], 'math')
         before = {w: cpu_seconds(w.process.pid) for w in grader.workers if w.process}
         start, asked, ask = cpu_seconds(), [], grader._ask
-        grader._ask = lambda keys: (asked.extend(keys), ask(keys))
+        def spied(keys):
+            asked.extend(keys)
+            return ask(keys)
+        grader._ask = spied
         verdicts = grader.grade(golds, [extract_answer(t, k) for t, k in zip(texts, kinds)], kinds)
         spent = cpu_seconds() - start + sum(cpu_seconds(w.process.pid) - before.get(w, 0) for w in grader.workers if w.process)
     return verdicts.tolist(), spent, len(asked)
@@ -78,6 +83,50 @@ def by_math_verify(golds, texts, kinds, warm):
     start = cpu_seconds()
     verdicts = [verify(parse(f'${gold}$'), parse(text)) for gold, text in zip(golds, texts)]
     return verdicts, cpu_seconds() - start, len(verdicts)
+
+
+def matrix(rng, n, m):
+    "Entries of a matrix such as textbooks print."
+    entries = [str(rng.integers(-9, 9)), rf'\frac{{{rng.integers(1, 9)}}}{{{rng.integers(2, 9)}}}', rf'\sqrt{{{rng.integers(2, 9)}}}', 'e^{2t}', r'\lambda',
+               r'\cos\theta', r'-\sin\theta', 'a+b', rf'\frac{{{rng.integers(1, 9)}}}{{\sqrt{{{rng.integers(2, 9)}}}}}']
+    return [[entries[k] for k in rng.integers(len(entries), size=m)] for _ in range(n)]
+
+
+def written(entries, style='pmatrix'):
+    return rf'\begin{{{style}}} ' + r' \\ '.join(' & '.join(row) for row in entries) + rf' \end{{{style}}}'
+
+
+def matrices(n_golds=40, seed=0):
+    "Gold answers that are a matrix, a sum, a product or a list of them, and eight answers to each, of which one to three are right."
+    import numpy as np, pandas as pd
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n_golds):
+        n = rng.integers(3, 6)
+        one, two, other = (matrix(rng, n, n) for _ in range(3))
+        turned = [list(row) for row in zip(*one)]
+        gold, right = [(written(one), [written(one, 'bmatrix')]), (f'{written(one)} + {written(two)}', [f"{written(two, 'bmatrix')} + {written(one)}"]),
+                       (f'{written(one)} {written(two)}', [f"{written(one, 'bmatrix')} {written(two, 'bmatrix')}"]),
+                       (f'P = {written(one)}, D = {written(two)}', [f"P = {written(one, 'bmatrix')}, D = {written(two, 'bmatrix')}"])][i % 4]
+        wrong = [written(turned), written(other), written(other, 'bmatrix'), f'{written(one)} - {written(two)}', gold.replace('2', '3'), 'x', '5']
+        rows += [dict(gold=gold, text=rf'Therefore we obtain \[ \boxed{{{answer}}} \]', kind='math') for answer in (right + wrong)[:N_SAMPLES]]
+    return pd.DataFrame(rows)
+
+
+def judged():
+    "A careful teacher's verdicts beside both graders', as a table."
+    sys.path.insert(0, str(REPO/'tests'))
+    import pandas as pd
+    from free_answers import generated, hand_written, unseen
+    from mapo.problems import math_500
+    sets = {'by hand': hand_written(), 'by hand, written later': unseen()}
+    if DATA.is_dir(): sets['from MATH-500'] = generated(math_500(DATA/'math500/test.jsonl').answer)
+    table = []
+    for name, rows in sets.items():
+        frame = pd.DataFrame(rows, columns=['gold', 'text', 'right']).assign(kind='math')
+        for method in METHODS:
+            said = pd.Series(measure(method, frame)[0])
+            table.append((name, len(rows), method, sum(said == frame.right), sum(said & ~frame.right), sum(~said & frame.right)))
+    return markdown(['free answers', 'number', 'grader', 'as the teacher', 'false accepts', 'false refusals'], table)
 
 
 METHODS = {'math-verify': by_math_verify, 'mapo': by_mapo}
@@ -142,6 +191,8 @@ def main():
     parser.add_argument('--repeats', type=int, default=1, help='measurements of each figure, of which the median counts')
     parser.add_argument('--only', choices=METHODS, help='grade the samples in this process and print what came of it')
     parser.add_argument('--warm', action='store_true', help='with --only: decide one formula first')
+    parser.add_argument('--verdicts', action='store_true', help="compare both graders with a careful teacher's verdicts, and no more")
+    parser.add_argument('--matrices', action='store_true', help='grade answers that are long matrices')
     parser.add_argument('--out', default=REPO/'benchmarks/grading.md', help='where the results are written')
     args = parser.parse_args()
     logging.disable()
@@ -151,8 +202,9 @@ def main():
 
     import numpy as np, pandas as pd
     from mapo.answers import extract_answer
-    if not args.samples and not DATA.is_dir(): raise SystemExit(f'there is no folder {DATA}: set MAPO_SHARED_DATA, or give a file of samples')
-    rows = pd.read_json(args.samples, lines=True, dtype=False) if args.samples else simulate()
+    if args.verdicts: return print(judged())
+    if not args.samples and not args.matrices and not DATA.is_dir(): raise SystemExit(f'there is no folder {DATA}: set MAPO_SHARED_DATA, or give a file of samples')
+    rows = pd.read_json(args.samples, lines=True, dtype=False) if args.samples else matrices() if args.matrices else simulate()
     rows['answer'] = [extract_answer(t, k) for t, k in zip(rows.text, rows.kind)]
     distinct, kinds = rows.drop_duplicates(['gold', 'answer', 'kind']), rows.kind.unique()
     parts = [(name if kind is None else f'{name}, kind {kind}', part if kind is None else part[part.kind == kind])
@@ -169,8 +221,8 @@ def main():
     mended = pd.DataFrame([dict(gold=g, text=rf'\boxed{{{a}}}', kind='math') for g, a in MENDED])
     verdicts = [['right' if right else 'wrong' for right in measure(method, mended)[0]] for method in METHODS]
     Path(args.out).write_text(report := REPORT.format(
-        command='python benchmarks/grading.py' + (' SAMPLES.jsonl' if args.samples else '') + (f' --repeats {args.repeats}' if args.repeats > 1 else ''), date=time.strftime('%Y-%m-%d'),
-        median=f'the median of {args.repeats} runs ' if args.repeats > 1 else '', source='Samples from a file.' if args.samples else SIMULATED,
+        command='python benchmarks/grading.py' + (' SAMPLES.jsonl' if args.samples else ' --matrices' if args.matrices else '') + (f' --repeats {args.repeats}' if args.repeats > 1 else ''), date=time.strftime('%Y-%m-%d'),
+        median=f'the median of {args.repeats} runs ' if args.repeats > 1 else '', source='Samples from a file.' if args.samples else matrices.__doc__ if args.matrices else SIMULATED,
         n=len(rows), share=len(distinct)/len(rows), asked=table[0][2], asked_share=table[0][2]/len(rows), n_different=sum(different['count']), n_pairs=len(different),
         results=markdown(['samples', 'number', 'asked', 'right: math-verify', 'right: mapo', 'fresh: math-verify', 'fresh: mapo', 'ratio', 'running: math-verify', 'running: mapo', 'ratio'], table),
         mended=markdown(['gold', 'answer', 'math-verify', 'mapo'], [(f'`{g}`', f'`{a}`', *both) for (g, a), *both in zip(MENDED, *verdicts)]),

@@ -80,8 +80,9 @@ _LETTERS = re.compile(rf'(?<![\\a-zA-Z{{])(?!(?:{_NAMES})(?![a-zA-Z]))[a-zA-Z]{{
 
 def _prose(text): return len(_LETTERS.findall(_TEXT.sub('', text))) > 1 # two words
 
-# %% ../nbs/api/01_answers.ipynb #5b4383c0
-_ENDING = re.compile(r'.*\b(?:is|are|equals?) +([^$\n\\=≈]{1,100}?)\.?\s*$')
+# %% ../nbs/api/01_answers.ipynb #5a5eba8b
+_ENDING = re.compile(r'.*\b(?:is|are|equals?|gives?|obtain|(?:come|evaluate|simplifie|amount)s to) +'
+                     r'([^$\n\\=≈]{1,100}?)\.?\s*$')
 _OPERATOR = '[-+*/^×÷·]'
 
 def _ending(text): # what a text ends in; the text itself where that is not plain; None if it names nothing
@@ -90,7 +91,8 @@ def _ending(text): # what a text ends in; the text itself where that is not plai
     whole = text[-LONGEST_ANSWER:]
     if re.search(r'\banswers?\b', text, re.I): return whole
     last = _ENDING.search(text[-300:])
-    if last and re.search('[0-9√π∞]', last[1]) and not _prose(last[1]): return last[1]
+    whole_clause = last and not _prose(last[1]) and not re.search(', *[a-zA-Z]{3}', last[1])
+    if whole_clause and re.search('[0-9√π∞]', last[1]): return last[1]
     rest = text[runs[-1][1]:] if runs else text
     if re.search('[0-9]', rest): return _lone(rest) or whole
     return runs[-1][2] if runs else None
@@ -106,7 +108,7 @@ def _lone(text): # the last number, if it is plainly no part of a formula
 
 # %% ../nbs/api/01_answers.ipynb #b3aa7b3d
 _STATED = re.compile(r'\banswers?\b\**(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b|' # in words,
-                     r'\s*(?:\([^()\n]{0,40}\))?\s*[:=]|\s*\n)[\s:*]*', re.I) # or by a colon or a heading
+                     r'\s*(?:\([^()\n]{0,40}\))?\s*[:=>]|\s*\n)[\s:*]*', re.I) # or by a colon, a tag, a heading
 _REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if)\b.*', re.S)
 
 def _statement(text):
@@ -175,7 +177,8 @@ _EQUALS = re.compile(r'=|≈|\\approx(?![a-zA-Z])')
 _SYMBOL = re.compile(r'(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])')
 
 def _number(answer):
-    sides = [side for side in _EQUALS.split(answer) if side.strip()]
+    sides = _EQUALS.split(answer)
+    if not sides[-1].strip(): return None # `9=` has not said it yet
     known = [_alone(side) for side in sides]
     open_sides = (_TEXT.sub('', side) for side, value in zip(sides, known) if value is None)
     if any(re.search('[0-9]', side) and _SYMBOL.search(side) for side in open_sides): return None
@@ -198,6 +201,8 @@ _REWRITES = [(re.compile(pattern), to) for pattern, to in [
     (r'√ ?\(([^()]*)\)|√ ?(\w+)|(?<![\\a-zA-Z])sqrt ?\(([^()]*)\)', r'\\sqrt{\1\2\3}'),
     (r'(\\frac|\\sqrt) ?([0-9a-z])', r'\1{\2}'), (r'(\\frac\{[^{}]*\}) ?([0-9a-z])', r'\1{\2}'),
     (r',?(?:\\text\{[ ,]*(?:and|or) *\}| (?:and|or) )|;', ', '),
+    (r'(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-zA-Z])', r'\\\1 '),
+    ('^[A-Za-z][a-z]+(?: [A-Za-z]?[a-z]+)* ?= ?(?!.*=)', ''), # `Area = 5`
     (r'^ *\\approx *', ''), (r'(?<=[\w)}]) ?(?:\\approx|≈) ?[0-9.]+ *$', ''), # an exact answer needs no rounded one
     # spaces go where they say nothing: \1 keeps those between numbers, after a factorial, a row or a command
     (r'([0-9]), (?=[0-9]{3}(?![0-9]))', '\\1,\1'), (r'([0-9]) (?=[0-9])', '\\1\1'), (r'(?<=[0-9)}])! *=', '!\1='),
@@ -253,7 +258,8 @@ def canonical_answer(
     return _canonical(answer, kind)
 
 # %% ../nbs/api/01_answers.ipynb #28170a06
-_SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>')
+_SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</answer>')
+_BOLD = re.compile(r'\*\*(?=[^\s*])([^*\n]+)(?<![\s*])\*\*') # not a power: `2**3`
 
 def extract_answer(
     text:str, # what a model or an author wrote
@@ -261,6 +267,7 @@ def extract_answer(
 )->str|None: # in the text's own characters; None if there is none; of kind `math` the text itself where it is not plain
     "The final answer of a text: after `####`, in a box or in words; else what the text ends in."
     text = _SPECIAL.sub('\n', without_thoughts(text[-LONGEST_TEXT:])).strip()
+    if kind != 'choice': text = _BOLD.sub(r'\1', text)
     for find in (_boxed, _hashed, _statement) if kind == 'math' else (_hashed, _boxed, _statement):
         stated = find(text)
         if canonical_answer(stated, kind) is not None: return stated.strip()

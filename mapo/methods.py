@@ -196,7 +196,7 @@ def sample_debate(draft:Draft, *, problems:Artifact, split:str, generators:Team,
     draft.log['tokens_sampled'] = int(said.turns.completion_tokens.sum())
 
 # %% ../nbs/api/14_methods.ipynb #85888197
-@stage(version=1)
+@stage(version=2, libraries=('math-verify',))
 def vote_turns(draft:Draft, *, turns:Artifact, problems:Artifact, seed:int):
     "Read the answers, vote on them round by round, and say who agrees with the last vote. No gold answer is read."
     kinds,said = problems.read('problems')[['problem_id', 'kind']],turns.read('turns')
@@ -207,7 +207,7 @@ def vote_turns(draft:Draft, *, turns:Artifact, problems:Artifact, seed:int):
     draft.write('scores', pd.concat([answers, agrees(said, votes, kinds)], ignore_index=True))
 
 # %% ../nbs/api/14_methods.ipynb #24da70b5
-@stage(version=1, libraries=('math-verify',))
+@stage(version=2, libraries=('math-verify',))
 def grade_turns(draft:Draft, *, turns:Artifact, problems:Artifact):
     "Extract the answers and compare them with gold."
     draft.write('scores', grade(turns.read('turns'), problems.read('problems')))

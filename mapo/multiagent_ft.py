@@ -340,7 +340,7 @@ def preferences(
     return won.groupby('turn_id')['won'].mean()
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #8cf3385a
-@stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
+@stage(version=2, libraries=('torch', 'transformers', 'tokenizers', 'math-verify'), device=True)
 def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artifact, critics:Team, seed:int, temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
     "Let critics compare first answers that differ, in both orders. No gold answer is read."
     from mapo.engines import Sampling
@@ -350,14 +350,18 @@ def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artif
     with Engines(serving.open) as engines:
         contexts,said,cuts = sample_rounds([ask], engines, Sampling(temperature, top_p, max_tokens), chunk_answers, draft.map)
     said = with_scores(said, read_answers(said, table), 'answer') if len(said) else said.assign(answer=None)
-    found = asked.merge(pd.DataFrame(dict(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1], said=canonical_answers(said, table))), on=['first', 'second'])
+    said = said.assign(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1])
+    found = asked.merge(said[['first', 'second', 'answer']].rename(columns=dict(answer='said')), on=['first', 'second'])
+    columns = ['answer', 'answer_other', 'said'] # in one writing
+    written = canonical_answers(found.melt('problem_id', columns, value_name='answer'), table)
+    found[columns] = written.to_numpy(object).reshape(3, -1).T
     found['verdict'] = found['first'].where(found['said'] == found['answer'], found['second'].where(found['said'] == found['answer_other'], None))
     won = preferences(found)
     first = turns.read('turns')
     first = first[answering(first)]
     draft.write('scores', score_rows(first, 'preferred', 'critics-1', value=first['turn_id'].map(won).to_numpy(float)))
     draft.write('judged', found[['problem_id', 'first', 'second', 'verdict']])
-    draft.write('turns', said.drop(columns='answer'))
+    draft.write('turns', said.drop(columns=['answer', 'first', 'second']))
     draft.log['tokens_sampled'] = int(said['completion_tokens'].sum())
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #c930d0e6

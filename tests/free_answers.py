@@ -7,8 +7,17 @@ STYLES = ['The answer is ${0}$.', r'So we get \boxed{{{0}}}.', r'Therefore \[ {0
 
 
 def hand_written():
-    "`(gold, text, right)`, judged by hand before a grader had seen them."
-    lines = (Path(__file__).parent/'free_answers.txt').read_text().splitlines()
+    "`(gold, text, right)`, judged by hand; the grader was mended until it agreed with all."
+    return _read('free_answers.txt')
+
+
+def unseen():
+    "`(gold, text, right)`, judged by hand after the others agreed: mapo was wrong on 13 of these 61 at first, math-verify on 15."
+    return _read('free_answers_unseen.txt')
+
+
+def _read(name):
+    lines = (Path(__file__).parent/name).read_text().splitlines()
     rows = [(line[0], *line[2:].partition(' <- ')[::2]) for line in lines if line[:2] in ('+ ', '- ')]
     return [(gold, text.replace('⏎', '\n'), sign == '+') for sign, gold, text in rows]
 

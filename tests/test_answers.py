@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from free_answers import generated, hand_written
+from free_answers import generated, hand_written, unseen
 from mapo.answers import LONGEST_ANSWER, Grader, _decided, _Worker, canonical_answer, extract_answer, grade, without_thoughts
 from mapo.problems import gsm8k, math_500
 
@@ -52,6 +52,13 @@ def test_free_answers_get_the_verdict_of_a_careful_teacher(grader):
     assert len(rows) > 250 and [row for row, verdict in zip(rows, verdicts) if verdict != row[2]] == []
     theirs = mistakes(verdicts_of_math_verify(rows), rows)
     assert theirs['accepts'] > 0 and theirs['refusals'] > 0
+
+
+def test_free_answers_that_no_rule_was_made_for(grader):
+    rows = unseen()
+    verdicts = grader.grade([gold for gold, *_ in rows], [extract_answer(text, 'math') for _, text, _ in rows], 'math').tolist()
+    ours, theirs = mistakes(verdicts, rows), mistakes(verdicts_of_math_verify(rows), rows)
+    assert len(rows) > 60 and ours['accepts'] <= theirs['accepts'] and ours['refusals'] < theirs['refusals']/2
 
 
 def test_gold_answers_in_other_styles_and_with_a_changed_digit(public, grader):
@@ -165,7 +172,7 @@ def test_hostile_answers_are_wrong_in_time_and_run_nothing(tmp_path, monkeypatch
 
 def test_hostile_texts_extract_in_linear_time():
     start = time.process_time()
-    for text in ('#### '*400_000, '####\n'*400_000, r'\boxed{'*300_000, 'answer '*300_000, 'The answer is '*150_000, '1,111'*400_000, '1,'*10**6, '-'*10**6, '\n'*10**6, '('*10**6, '$'*10**6, 'A'*10**6,
+    for text in ('**a '*300_000, '\\('*300_000, '$a $'*200_000, 'the area '*100_000 + '= 5', '<think>'*100_000, 'I choose '*100_000, '- '*500_000, '#### '*400_000, '####\n'*400_000, r'\boxed{'*300_000, 'answer '*300_000, 'The answer is '*150_000, '1,111'*400_000, '1,'*10**6, '-'*10**6, '\n'*10**6, '('*10**6, '$'*10**6, 'A'*10**6,
                  'answer' + ' '*10**6, '9'*10**6, '(A'*10**6, '*'*10**6, '#### ' + '*'*10**6, '#### 1' + ' '*10**6 + '\nx'):
         for kind in ('number', 'math', 'choice'): extract_answer(text, kind)
     assert time.process_time() - start < 20

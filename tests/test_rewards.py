@@ -104,6 +104,40 @@ def test_canonical_answers_are_row_by_row():
     assert canonical_answers(said, PROBLEMS).fillna('none').tolist() == ['1', '1', 'none', '1000']*2
 
 
+STYLES = {'roots': (['2,3', '3,2', r'\{2,3\}', '5', '5'], '2,3'), 'half': ([r'\frac{\sqrt2}{2}', r'\dfrac{\sqrt{2}}{2}', r'\frac1{\sqrt2}', '3', '3'], r'\frac{1}{\sqrt{2}}'),
+          'five': (['x=5', '5 cm', '5', '6', '6'], '5'), 'square': (['(x+1)^2', 'x^2+2x+1', '1+2x+x^2', '0', '0'], '(x+1)^2')}
+
+def styled():
+    said = example_turns({f'seat {i}': {p: [answers[i]] for p, (answers, _) in STYLES.items()} for i in range(5)})
+    return said.assign(answer=said.text), pd.DataFrame(dict(problem_id=[*STYLES], kind='math'))
+
+
+@pytest.mark.parametrize('order', [0, 1, 2])
+def test_a_vote_calls_equal_what_grading_does_in_any_order(order):
+    said, problems = styled()
+    said = said.sample(frac=1, random_state=order)
+    with Grader(n_workers=1) as grader:
+        votes = vote(said, problems, order, grader)
+        assert votes.set_index('problem_id').answer.to_dict() == {p: winner for p, (_, winner) in STYLES.items()}
+        assert votes.share.tolist() == pytest.approx([.6]*4) and not votes.tie.any()
+        assert (agrees(said, votes, problems, grader).value.to_numpy() == said.seat.lt(3).to_numpy()).all()
+        right = grader.grade(said.problem_id.map(lambda p: STYLES[p][1]), said.answer, 'math')
+        assert (right == said.seat.lt(3)).all()
+
+
+def test_agreement_with_a_vote_that_is_written_otherwise():
+    said, problems = styled()
+    votes = pd.DataFrame(dict(problem_id=[*STYLES], round=0, answer=['3, 2', r'0.7071067812', 'y=5', None], share=1., tie=False))
+    assert agrees(said, votes, problems).groupby(said.problem_id).value.sum().to_dict() == dict(roots=3, half=3, five=3, square=0) # y=5 is 5, and 5 is x=5
+
+
+def test_numbers_are_compared_without_math_verify(monkeypatch):
+    monkeypatch.setattr('mapo.answers._Worker.ask', lambda *_: 1/0)
+    said = example_turns({a: {'p1': [t], 'p2': ['7']} for a, t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
+    votes = vote(said.assign(answer=said.text), PROBLEMS)
+    assert votes.answer.tolist() == ['1/3', '7'] and votes.share.tolist() == [.5, 1]
+
+
 class Spy:
     "A scorer that remembers what it was shown."
     model_key = 'spy-1'
