@@ -224,6 +224,16 @@ def test_a_small_run_had_one_thread(ran):
 def family(process): return [process, *process.children(recursive=True)]
 
 
+def outlive(processes, seconds):
+    "Those that are still there after so many seconds; one that ended and whom nobody has asked after is not."
+    def ended(process):
+        try: return process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess: return True
+    until = time.time()+seconds
+    while time.time() < until and not all(map(ended, processes)): time.sleep(.02)
+    return [process for process in processes if not ended(process)]
+
+
 def test_killed_with_its_group_its_kernel_goes_too_and_the_same_command_goes_on(tmp_path):
     words, env = [MAPO, 'run', 'mars_po', *SIZE, '--arms', 'base'], os.environ | dict(MAPO_RUNS=str(tmp_path))
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -235,7 +245,7 @@ def test_killed_with_its_group_its_kernel_goes_too_and_the_same_command_goes_on(
     everybody = family(psutil.Process(first.pid))
     assert len(everybody) > 1, 'it has no kernel'
     os.killpg(first.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(everybody[1:], timeout=2)
+    alive = outlive(everybody[1:], 2)
     first.communicate()
     assert not alive, 'a process outlived the command by two seconds'
     assert runs(tmp_path).status.tolist() == ['killed']
@@ -254,7 +264,7 @@ def test_a_process_that_lets_nothing_else_run_goes_with_its_parent_too():
     busy = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
     parent.communicate()
-    _, alive = psutil.wait_procs([busy], timeout=2)
+    alive = outlive([busy], 2)
     for process in alive: process.kill()
     assert not alive
 
