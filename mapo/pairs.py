@@ -159,7 +159,8 @@ def _first_n(turns, rows, n, selection, order, part, fates): # the `n` best of e
     rows = keep(rows, (rows.groupby(selection.by, sort=False).cumcount() < n) | (n == 0), 'over the limit', fates)
     fates['selected'] = len(rows)
     changed = {c: rows[c].to_numpy() for c in [*selection.scores, 'copies']}
-    return Built(turns.drop(columns='text').iloc[rows.index].assign(**changed, row=rows.index), ledger(part, fates))
+    light = turns.drop(columns=['text', *PER_TOKEN], errors='ignore').iloc[rows.index]
+    return Built(light.assign(**changed, row=rows.index), ledger(part, fates))
 
 # %% ../nbs/api/06_pairs.ipynb #1d9eec7e
 MESSAGES = pa.list_(pa.struct([('role', pa.large_string()), ('content', pa.large_string())])) # a conversation, as TRL reads it
@@ -219,7 +220,8 @@ def cross(
     w,l,asked = w.iloc[grid['w']],l.iloc[grid['l']],prompts.iloc[grid['key']]
     pairs = dict(prompt=asked['prompt'], chosen=_answers(turns, w), rejected=_answers(turns, l), problem_id=l['problem_id'], agent=agent,
                  context_id=asked['context_id'], chosen_id=w['turn_id'], rejected_id=l['turn_id'], chosen_agent=w['agent'],
-                 rejected_agent=l['agent'], chosen_model=w['model_key'], rejected_model=l['model_key'])
+                 rejected_agent=l['agent'], chosen_model=w['model_key'], rejected_model=l['model_key'],
+                 rejected_finish=l['finish_reason'], **_sampled(turns, w, 'chosen_'), **_sampled(turns, l, 'rejected_'))
     return Built(_table(pairs), _of_agent(counts, agent))
 
 # %% ../nbs/api/06_pairs.ipynb #f3455103
@@ -264,12 +266,13 @@ def _no_pairs(agent, problems):
 def take_texts(
     texts:pd.Series,  # a column of texts
     rows:np.ndarray,  # positions in it, in any order, repeated or not
-)->pa.ChunkedArray: # of large_string, in chunks of `BLOCK` texts
+    kind:pa.DataType=pa.large_string(), # Arrow's type of the column, where it holds something else than texts
+)->pa.ChunkedArray: # of that type, in chunks of `BLOCK`
     "The texts in these rows, without copying the whole column."
-    texts = pa.array(texts, type=pa.large_string())
+    texts = pa.array(texts, type=kind)
     chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
     starts = np.cumsum([0, *map(len, chunks)])
-    return pa.chunked_array([_block(chunks, starts, rows[i:i+BLOCK]) for i in range(0, len(rows), BLOCK)], type=pa.large_string())
+    return pa.chunked_array([_block(chunks, starts, rows[i:i+BLOCK]) for i in range(0, len(rows), BLOCK)], type=kind)
 
 # %% ../nbs/api/06_pairs.ipynb #cc8de906
 def _block(chunks, starts, rows): # a few rows of a chunked column, in order
@@ -288,6 +291,17 @@ def _answers(turns, selected): # the texts of selected turns, each a conversatio
 def _said(texts):
     said = pa.StructArray.from_arrays([pa.repeat(pa.scalar('assistant', pa.large_string()), len(texts)), texts], fields=list(MESSAGES.value_type))
     return pa.ListArray.from_arrays(pa.array(np.arange(len(texts)+1), pa.int32()), said, type=MESSAGES)
+
+# %% ../nbs/api/06_pairs.ipynb #83deae70
+def _sampled(turns, selected, side=''): # `tokens` and `tokenizer` of selected turns; no columns where nothing was kept
+    if 'tokens' not in turns or not turns['tokenizer'].astype(bool).any(): return {}
+    ids = _take_lists(turns['tokens'], selected['row'].to_numpy(), PER_TOKEN['tokens'])
+    return {f'{side}tokens': _column(ids), f'{side}tokenizer': selected['tokenizer']}
+
+def _take_lists(lists, rows, kind): # of numpy's, as Parquet gives them, only those that are taken become Arrow's
+    if isinstance(lists.dtype, pd.ArrowDtype): return take_texts(lists, rows, kind)
+    some = lambda rows: pa.array(lists.to_numpy()[rows], type=kind, from_pandas=True)
+    return pa.chunked_array([some(rows[i:i+BLOCK]) for i in range(0, len(rows), BLOCK)], type=kind)
 
 # %% ../nbs/api/06_pairs.ipynb #38d7716b
 def _table(columns): return pd.DataFrame({name: c.array if isinstance(c, pd.Series) else c for name, c in columns.items()})
@@ -365,7 +379,8 @@ def teach(
                                  'that the agent was asked, so sample more answers per problem, or easier problems')
     asked = prompts.iloc[pd.Index(prompts['key']).get_indexer(w[selection.by])]
     examples = dict(prompt=asked['prompt'], completion=_answers(turns, w), problem_id=w['problem_id'], agent=agent, context_id=asked['context_id'],
-                    turn_id=w['turn_id'], source_agent=w['agent'], source_model=w['model_key'], copies=w['copies'])
+                    turn_id=w['turn_id'], source_agent=w['agent'], source_model=w['model_key'], copies=w['copies'],
+                    **_sampled(turns, w))
     return Built(_table(examples), _of_agent(pd.concat([chosen.counts, ledger('examples', fates)], ignore_index=True), agent))
 
 # %% ../nbs/api/06_pairs.ipynb #cd69c1e0

@@ -149,7 +149,7 @@ def quoted(
     answers, # texts
 )->str: # what `{others}` stands for
     "Answers as a critic or a summarizer is shown them."
-    return ''.join(QUOTE.format(answer=a) for a in answers)
+    return Role('critic', ROLES['critic'], quote=QUOTE).quoted(answers)
 
 # %% ../nbs/api/12_tiny.ipynb #fb735603
 MISS, ALARM = .08, .02 # how often the verifiers in a refiner's lessons pass over a wrong step, and object to a right one

@@ -19,7 +19,8 @@ from transformers import AutoConfig
 
 import mapo
 from .agents import Model, fingerprint, model_key
-from .engines import ChatEngine, Sampling, check_base, conversation_ids, give_back_memory, load_tokenizer, local_folder, model_window, shares_base
+from .engines import (ChatEngine, Sampling, check_base, conversation_ids, give_back_memory, load_chat, local_folder,
+                          model_window, shares_base, _base_key)
 from .runs import accelerator, visible_gpus, vllm_version
 
 # %% ../nbs/api/13_vllm.ipynb #c282adf5
@@ -117,10 +118,15 @@ def _listen(lines):
     os.killpg(0, signal.SIGTERM)
 
 # %% ../nbs/api/13_vllm.ipynb #5f7e3788
-def _write(llm, rows, adapter, stop, **sampling): # a row: number, prompt tokens, seed (None for none), samples
+def _write(llm, rows, adapter, stop, texts=(), **sampling): # a row: number, prompt tokens, seed or None, samples
     from vllm import SamplingParams
-    params = [SamplingParams(n=n, seed=seed, stop_token_ids=stop, detokenize=False, **sampling) for _, _, seed, n in rows]
-    for row, output in _finished(llm, rows, params, adapter): yield row, [list(a.token_ids) for a in output.outputs]
+    ends = dict(stop_token_ids=stop, stop=list(texts), detokenize=bool(texts))
+    params = [SamplingParams(n=n, seed=seed, **ends, **sampling) for _, _, seed, n in rows]
+    for row, output in _finished(llm, rows, params, adapter):
+        yield row, [[list(a.token_ids), _logs(a)] for a in output.outputs]
+
+def _logs(answer): # how likely each of its tokens was; None where nobody asked
+    return [of[token].logprob for token, of in zip(answer.token_ids, answer.logprobs)] if answer.logprobs else None
 
 def _finished(llm, rows, params, adapter): # (number, vLLM's output) as they come
     from vllm.lora.request import LoRARequest
@@ -274,8 +280,9 @@ def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, windo
     check_parallel(model.name, config.num_attention_heads, _kv_heads(config), tensor_parallel, data_parallel, len(visible_gpus()))
     cache = int((cache_gb or (1 if cpu else 0))*1e9)
     check_room(model.name, *_weights_and_token(model, config), window, int(memory*_gpu_memory()), cache, tensor_parallel, config.num_attention_heads)
-    settings = dict(model=str(local_folder(model)), dtype=model.dtype, skip_tokenizer_init=True, generation_config='vllm', max_model_len=window, tensor_parallel_size=tensor_parallel,
-                    enable_prefix_caching=True, gpu_memory_utilization=memory, trust_remote_code=False)
+    settings = dict(model=str(local_folder(model)), dtype=model.dtype, generation_config='vllm', max_model_len=window,
+                    tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, gpu_memory_utilization=memory,
+                    trust_remote_code=False)
     return settings | (dict(kv_cache_memory_bytes=cache) if cache else {}) | (dict(enforce_eager=True, enable_chunked_prefill=False) if cpu else {}) | more # a seeded request that is prefilled in chunks ends vLLM's CPU build
 
 # %% ../nbs/api/13_vllm.ipynb #e7061c91
@@ -308,7 +315,8 @@ class VLLMEngine(ChatEngine):
         if window: self.window = window
         self.seeded,self.rank,self._adapters = seeded,_rank(model),{}
         lora = dict(enable_lora=True, max_lora_rank=self.rank, max_loras=1, max_cpu_loras=16) if self.rank else {}
-        settings = _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, **lora)
+        own = dict(logprobs_mode='processed_logprobs') | lora # of the distribution that was drawn from
+        settings = _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, **own)
         self._served = Served(model, settings, data_parallel, tensor_parallel)
 
     def generate(self, requests, sampling=Sampling()):
@@ -317,17 +325,25 @@ class VLLMEngine(ChatEngine):
         prompts = self._fitting(requests, sampling)
         greedy = not sampling.temperature # the same answer n times; vLLM wants to be asked once
         rows = [(i, prompts[i], r.seed if self.seeded else None, 1 if greedy else r.n) for i, r in enumerate(requests)]
-        work = dict(adapter=self._adapter(), stop=self._end_tokens, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens)
         with self._bar(sum(row[3] for row in rows)) as advance:
-            found = self._served.ask(rows, work, lambda answers: advance(len(answers), sum(map(len, answers))))
-        return [[self._completion(ids, len(prompts[i]), r.seed+k) for k, ids in enumerate(found[i]*r.n if greedy else found[i])] for i, r in enumerate(requests)]
+            count = lambda answers: advance(len(answers), sum(len(ids) for ids, _ in answers))
+            found = self._served.ask(rows, self._work(sampling), count)
+        answers = [found[i]*r.n if greedy else found[i] for i, r in enumerate(requests)]
+        said = lambda r, p, k, ids, logs: self._completion(ids, len(p), r.seed+k, sampling.stop, logs and tuple(logs))
+        return [[said(r, p, k, *answer) for k, answer in enumerate(same)] for r, p, same in zip(requests, prompts, answers)]
+
+    def _work(self, sampling): # in vLLM's words
+        names = 'temperature', 'top_p', 'max_tokens', 'top_k', 'min_p', 'repetition_penalty'
+        limits = {name: getattr(sampling, name) for name in names}
+        logs = 0 if sampling.log_probabilities else None # beside the drawn token's
+        return dict(adapter=self._adapter(), stop=self._end_tokens, texts=sampling.stop, logprobs=logs, **limits)
 
     def switch(self,
         model:Model, # asked for next
     )->bool: # False if it takes other weights, or an adapter of a higher rank than there is room for
         "Answer as `model` from now on, if it is the same weights under another adapter or none; adapters stay loaded."
-        if fingerprint(replace(model, adapter='')) != self._base_key or _rank(model) > self.rank: return False
-        self.model,self.model_key = model,model_key(model)
+        if _base_key(model) != self._base_key or _rank(model) > self.rank: return False
+        self._become(model)
         return True
 
     def _adapter(self): # name, number and folder, as vLLM wants to know an adapter
@@ -361,12 +377,14 @@ class VLLMScorer:
         self.model,self.model_key,self.window = model,model_key(model),window or model_window(model)
         config = AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False)
         self.task = 'token_classify' if 'RewardModel' in (config.architectures or [''])[0] else 'classify'
-        self._served = Served(model, _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, runner='pooling', skip_tokenizer_init=False, enable_prefix_caching=False), data_parallel, tensor_parallel)
+        how = dict(runner='pooling', enable_prefix_caching=False)
+        settings = _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, self.window, **how)
+        self._served = Served(model, settings, data_parallel, tensor_parallel)
 
     def score(self, conversations):
         "A number for each conversation, in order; higher is better."
         if not conversations: return np.empty(0)
-        rows = conversation_ids(load_tokenizer(self.model), conversations)
+        rows = conversation_ids(load_chat(self.model), conversations)
         if long := [i for i, row in enumerate(rows) if len(row) > self.window]: raise ValueError(
             f'model {self.model.name!r} has a window of {self.window} tokens: {len(long)} of {len(rows)} conversations are longer, first number {long[0]} with {len(rows[long[0]])} tokens: leave them out')
         found = self._served.ask(list(enumerate(rows)), dict(task=self.task))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mapo.agents import Model
 from mapo.engines import (UNLIMITED, Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model, load_tokenizer, new_reward_model,
-                          save_model)
+                          save_model, _truncated)
 
 PRODUCTS = Model('products', 'tiny:products')
 QUESTIONS = [f'{a}*{b}+{c}*{d}-{e}' for a, b, c, d, e in np.random.default_rng(0).integers(2, 10, (40, 5))]
@@ -50,6 +50,92 @@ def test_draws_have_the_models_probabilities(engine):
         expected = np.append(p[keep], 1-p[keep].sum())*4000
         observed = np.append(counts[keep], 4000-counts[keep].sum())
         assert len(expected) == 1 or chisquare(observed, expected).pvalue > 1e-4
+
+
+def completions(engine, requests, **sampling):
+    return [c for cs in engine.generate(requests, Sampling(max_tokens=80, **sampling)) for c in cs]
+
+
+@pytest.mark.parametrize('ours,theirs', [(dict(top_k=5), TopKLogitsWarper(5)), (dict(min_p=.2), MinPLogitsWarper(.2)),
+                                         (dict(top_p=.8), TopPLogitsWarper(.8))])
+def test_limits_of_a_draw_are_those_of_transformers(ours, theirs):
+    logits = torch.randn(200, 155, generator=torch.Generator().manual_seed(0))*3
+    p = _truncated(logits.softmax(-1), Sampling(**ours))
+    assert torch.allclose(p/p.sum(-1, keepdim=True), theirs(None, logits.clone()).softmax(-1), atol=1e-6)
+
+
+def test_several_limits_cut_one_after_the_other():
+    "As vLLM does: first what is unlikely beside the likeliest token, then by rank, then by the mass of what is left."
+    logits = torch.randn(200, 155, generator=torch.Generator().manual_seed(1))*2
+    for row, p in zip(logits.softmax(-1), _truncated(logits.softmax(-1), Sampling(min_p=.1, top_k=6, top_p=.7))):
+        kept = [i for i in row.argsort(descending=True).tolist() if row[i] >= .1*row.max()][:6]
+        mass = (row[kept]/row[kept].sum()).cumsum(0)
+        assert set(p.nonzero()[:, 0].tolist()) == set(kept[:int((mass < .7).sum())+1])
+
+
+def test_a_repetition_penalty_is_transformers_own_and_blind_to_padding(engine):
+    net,tokenizer = load_model(PRODUCTS, 'cpu')
+    requests = [ask(q+'+1'*(i % 5), seed=i) for i, q in enumerate(QUESTIONS[:12])]
+    for temperature in (0, 1.):
+        how = dict(repetition_penalty=1.3, temperature=temperature)
+        together = completions(engine, requests, **how)
+        assert together == [completions(engine, [r], **how)[0] for r in requests]
+        assert together != completions(engine, requests, temperature=temperature)
+    for request, found in zip(requests, completions(engine, requests, repetition_penalty=1.3, temperature=0)):
+        ids = torch.tensor(engine._prompts([request.messages]))
+        theirs = net.generate(ids, do_sample=False, max_new_tokens=80, repetition_penalty=1.3)
+        assert list(found.tokens) == theirs[0, ids.shape[1]:].tolist()
+
+
+@pytest.mark.parametrize('temperature', [0, 1.])
+def test_an_answer_ends_where_it_is_told_to_stop(engine, temperature):
+    "The words before the text, the tokens up to the one that completes it, alone and in a batch; no question stops it."
+    requests = [ask(q, seed=i, n=2 if temperature else 1) for i, q in enumerate(QUESTIONS[:12])]
+    whole,stop = completions(engine, requests, temperature=temperature), ('=0', ';1')
+    cut = completions(engine, requests, temperature=temperature, stop=stop)
+    assert cut[:2] == completions(engine, requests[:2], temperature=temperature, stop=stop)[:2]
+    for a, b in zip(whole, cut):
+        ends = [a.text.find(s) for s in stop if s in a.text]
+        assert b.text == (a.text[:min(ends)] if ends else a.text)
+        assert b.finish_reason == ('stop' if ends else a.finish_reason)
+        assert a.tokens[:len(b.tokens)] == b.tokens and (not ends or engine._tokenizer.decode(b.tokens).endswith(stop))
+    assert any(len(b.tokens) < len(a.tokens)-5 for a, b in zip(whole, cut))
+    assert completions(engine, requests, temperature=temperature, stop='<solve>') == whole
+
+
+def test_log_probabilities_are_those_of_the_draw(engine):
+    "At temperature 1 they are the model's own; at another, with a nucleus, those of what could be drawn."
+    net,tokenizer = load_model(PRODUCTS, 'cpu')
+    requests = [ask(q, seed=i) for i, q in enumerate(QUESTIONS[:8])]
+    for sampling in (dict(), dict(temperature=0), dict(temperature=.7, top_p=.9)):
+        for request, c in zip(requests, completions(engine, requests, log_probabilities=True, **sampling)):
+            prompt = engine._prompts([request.messages])[0]
+            with torch.no_grad(): logits = net(torch.tensor([prompt+list(c.tokens)])).logits.double()
+            logits = logits[0, len(prompt)-1:-1]
+            p = _truncated((logits/(sampling.get('temperature', 1) or 1)).softmax(-1), Sampling(**sampling))
+            expected = (p/p.sum(-1, keepdim=True)).log()[range(len(c.tokens)), list(c.tokens)]
+            assert np.allclose(c.log_probabilities, expected, atol=1e-4)
+        drawn = lambda **more: [c.tokens for c in completions(engine, requests, **sampling, **more)]
+        assert drawn() == drawn(log_probabilities=True)
+
+
+def test_an_engine_answers_as_its_template_is_told(tmp_path):
+    "Settings of a template change the prompt and nothing of the weights: the engine goes on with what it has."
+    net,tokenizer = load_model(PRODUCTS, 'cpu')
+    opening = "'<assistant>' + ('1' if brief is defined and brief else '') }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<assistant>' }}", opening)
+    save_model(net, tokenizer, tmp_path)
+    plain = Model('m', str(tmp_path))
+    brief = Model('m', str(tmp_path), chat_template_kwargs=dict(brief=True))
+    engine = TransformersEngine(plain, device='cpu', progress=False)
+    first = completions(engine, [ask(QUESTIONS[0])], temperature=0)
+    held = engine._net
+    assert engine.switch(brief) and engine._net is held and engine.model_key != plain
+    told = completions(engine, [ask(QUESTIONS[0])], temperature=0)
+    assert told[0].prompt_tokens == first[0].prompt_tokens+1 and told[0].tokenizer != first[0].tokenizer
+    another = TransformersEngine(brief, device='cpu', progress=False)
+    assert told == completions(another, [ask(QUESTIONS[0])], temperature=0)
+    assert engine.switch(plain) and completions(engine, [ask(QUESTIONS[0])], temperature=0) == first
 
 
 def test_answers_do_not_depend_on_the_budget(engine):

@@ -189,7 +189,9 @@ def test_columns_are_those_of_the_data_model_and_survive_parquet_datasets_and_co
     pairs = pd.concat([hybrid_pairs(turns, contexts, a).table for a in AGENTS], ignore_index=True)
     examples = hybrid_positives(turns, contexts, 'bob').table
     assert [*pairs] == ['prompt', 'chosen', 'rejected', 'problem_id', 'agent', 'context_id', 'chosen_id', 'rejected_id', 'chosen_agent',
-                        'rejected_agent', 'chosen_model', 'rejected_model']
+                        'rejected_agent', 'chosen_model', 'rejected_model', 'rejected_finish']
+    assert pairs.rejected_finish.tolist() == turns.set_index('turn_id').finish_reason[pairs.rejected_id].tolist()
+    assert set(pairs.rejected_finish) == {'stop', 'length'}
     assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent', 'source_model', 'copies']
     pq.write_table(to_arrow(pairs), tmp_path/'pairs.parquet')
     again = pd.read_parquet(tmp_path/'pairs.parquet')
@@ -199,6 +201,29 @@ def test_columns_are_those_of_the_data_model_and_survive_parquet_datasets_and_co
     assert trl.is_conversational(row) and row['prompt'] == pairs.prompt[0] and row['chosen'] == pairs.chosen[0]
     loaded = datasets.load_dataset('parquet', data_files=str(tmp_path/'pairs.parquet'), split='train', cache_dir=str(tmp_path))
     assert loaded[0] == row
+
+
+@pytest.mark.parametrize('held', ['lists', 'numpy', 'arrow in chunks'])
+def test_pairs_and_examples_bring_the_ids_of_the_turns_they_name(held, tmp_path):
+    "Whatever holds them, in any order, some turns without; and through Parquet."
+    turns, contexts = random_turns(17)
+    rng = np.random.default_rng(0)
+    ids = [None if i % 7 == 0 else rng.integers(0, 10**6, rng.integers(0, 9)).tolist() for i in range(len(turns))]
+    of = dict(zip(turns.turn_id, ids))
+    kind = pa.list_(pa.int32())
+    parts = [pd.Series(pa.array(ids[i:i+50], kind), dtype=pd.ArrowDtype(kind)) for i in range(0, len(ids), 50)]
+    arrays = [None if i is None else np.array(i, 'int32') for i in ids]
+    column = {'lists': ids, 'numpy': arrays, 'arrow in chunks': pd.concat(parts, ignore_index=True)}[held]
+    turns = turns.assign(tokens=column, tokenizer=['' if i is None else f'{len(i)}' for i in ids])
+    pairs = hybrid_pairs(turns, contexts, 'ada', EVERY).table
+    examples = as_sampled(hybrid_positives(turns, contexts, 'ada', EVERY)).table
+    key = turns.set_index('turn_id').tokenizer
+    for table, side, turn in ((pairs, 'chosen_', 'chosen_id'), (pairs, 'rejected_', 'rejected_id'), (examples, '', 'turn_id')):
+        pq.write_table(to_arrow(table), tmp_path/'rows.parquet')
+        found = pq.read_table(tmp_path/'rows.parquet')
+        assert found.schema.field(f'{side}tokens').type.value_type == pa.int32()
+        assert found[f'{side}tokens'].to_pylist() == [of[t] for t in table[turn]]
+        assert table[f'{side}tokenizer'].tolist() == key[table[turn]].tolist()
 
 
 def test_contexts_may_come_from_memory_or_from_parquet(tmp_path):

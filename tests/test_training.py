@@ -1,5 +1,5 @@
 """What notebook 07 cannot show: parity with TRL and with the formula, references over iterations, kill -9, hostile files."""
-import json, math, os, pickle, subprocess, sys
+import json, math, os, pickle, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,14 +189,19 @@ def test_end_token_closes_chatml_answers():
     (PLAIN.replace('{{ eos_token }}', ''), {}, 'no end token'),
     (PLAIN.replace('{{ eos_token }}', '{{ eos_token }}\n{{ eos_token }}'), {}, 'second end token'),
     ('{{ bos_token }}'+PLAIN, {}, 'second begin token'),
-    (PLAIN.replace("<bot>{{ m['content'] }}", "<bot> {{ m['content'] }}"), {}, "turns the answer"),
-    (PLAIN.replace('{% if add_generation_prompt %}<bot>', '{% if add_generation_prompt %}<bot>\n'), {}, 'not prefix-consistent'),
+    (PLAIN.replace("<bot>{{ m['content'] }}", "<bot> {{ m['content'] }}\n"), {}, None),
+    (PLAIN.replace("<bot>{{ m['content'] }}", "<bot>{{ m['content'] }}."), {}, "turns the answer 'five' into 'five.'"),
+    (PLAIN.replace("<bot>{{ m['content'] }}", "<bot>So: {{ m['content'] }}"), {}, "'five' into 'So: five'"),
+    (PLAIN.replace('{% if add_generation_prompt %}<bot>', '{% if add_generation_prompt %}<bot>\n'), {}, None),
+    (PLAIN.replace("<user>{{ m['content'] }}", '<user>'), {}, 'leaves out the question'),
+    (PLAIN.replace("<bot>{{ m['content'] }}", '<bot>'), {}, 'leaves out the answer'),
+    (PLAIN.replace('{{ bos_token }}', "{{ raise_exception('never') }}"), {}, 'refuses a question: .*never'),
     (None, {}, 'there is none'),
     (PLAIN, dict(eos_token=None), 'names no end token'),
 ])
 def test_template_faults(template, special, fault):
     faults = template_faults(tokenizer(template, **special))
-    assert (not faults) if fault is None else any(fault in f for f in faults)
+    assert (not faults) if fault is None else any(re.search(fault, f) for f in faults)
 
 
 def test_template_without_begin_token_is_found():
@@ -227,7 +232,11 @@ def test_long_rows_are_left_out_not_cut(initial, tmp_path):
     lengths = tokens.prompt_ids.map(len)+np.maximum(tokens.chosen_ids.map(len), tokens.rejected_ids.map(len))
     limit = int(lengths.median())
     done = train_dpo(initial, initial, pairs, DPO(updates=2, batch_size=4, max_length=limit), tmp_path/'out')
-    assert done.counts == dict(rows=8, too_long=int((lengths > limit).sum()), end_token_inside=0, used=int((lengths <= limit).sum()))
+    used = int((lengths <= limit).sum())
+    kept = pairs[(lengths <= limit).to_numpy()]
+    empty = sum('' in (c[0]['content'], r[0]['content']) for c, r in zip(kept.chosen, kept.rejected))
+    assert empty and done.counts == dict(rows=8, too_long=8-used, end_token_inside=0, without_tokens=0, used=used,
+                                         empty=empty, from_text=used)
 
 
 def test_silent(initial, tmp_path, capfd):
@@ -381,7 +390,8 @@ def test_what_a_reward_model_learns_is_what_is_scored(tmp_path):
     made,pairs = tokenizer(CHATML),make_pairs(5)
     pairs.at[2, 'rejected'] = says('5</s>6')
     tokens,counts = reward_tokens(made, pairs)
-    assert counts == dict(rows=5, too_long=0, end_token_inside=1, used=4) and tokens.index.tolist() == [0, 1, 3, 4]
+    assert counts == dict(rows=5, too_long=0, end_token_inside=1, without_tokens=0, used=4, empty=1, from_text=4)
+    assert tokens.index.tolist() == [0, 1, 3, 4]
     for side in ('chosen', 'rejected'):
         assert tokens[f'{side}_ids'].tolist() == conversation_ids(made, conversations(pairs.loc[tokens.index], side))
     assert made.decode(tokens.chosen_ids[0]).endswith('</s>\n')

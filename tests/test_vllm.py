@@ -206,7 +206,7 @@ def test_a_process_that_dies_is_named_and_started_again_once(engine, capfd):
     assert "the vLLM process of model 'base' was killed by signal 9" in said and 'starting it again' in said
     assert 0 < int(said.split('starting it again, ')[1].split(' of ')[0]) < len(requests) # what was finished is kept
     assert len(asked) == len(requests) # and not asked for again
-    assert [[engine._completion(ids, 0, 0).text for ids in found[i]] for i in range(len(rows))] == whole
+    assert [[engine._completion(ids, 0, 0).text for ids, _ in found[i]] for i in range(len(rows))] == whole
     kill(served)
     with pytest.raises(EngineDied, match="the vLLM process of model 'base' was killed by signal 9"): engine.generate(requests)
     assert not spawned(others)
