@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from .rewards import answering, bare_question, check_turns, problem_facts, seeded_draw
+from .sampling import PER_TOKEN
 
 # %% ../nbs/api/06_pairs.ipynb #bda8bad1
 @dataclass(frozen=True)

@@ -151,11 +151,12 @@ def vote(
     turns:pd.DataFrame,    # with the column `answer`, of one split and iteration
     problems:pd.DataFrame, # for the `kind` of their answers
     seed:int=0,            # of the draw between equals
+    grader:Grader=None,    # a running grader, which stays open; None starts one and stops it
 )->pd.DataFrame: # votes: `problem_id, round, answer, share, tie`; `answer` is None and `share` 0 where nobody answered
     "The answer that most seats give, for each problem and round."
     check_turns(turns, 'answer', 'seat')
     turns,place = turns[answering(turns)],['problem_id', 'round']
-    said = turns[[*place, 'seat']].assign(answer=canonical_answers(turns, problems))
+    said = turns[[*place, 'seat']].assign(answer=canonical_answers(turns, problems, grader))
     seats = said.groupby(place, sort=False)['seat'].nunique()
     said['share'] = 1/said.groupby([*place, 'seat'])['seat'].transform('size')/said.groupby(place)['seat'].transform('nunique')
     tally = said.dropna(subset='answer').groupby([*place, 'answer'], sort=False)['share'].sum().round(9).reset_index()
@@ -188,14 +189,19 @@ def agrees(
     turns:pd.DataFrame,    # with the column `answer`
     votes:pd.DataFrame,    # of the same problems
     problems:pd.DataFrame, # for the `kind` of their answers
+    grader:Grader=None,    # a running grader, which stays open; None starts one and stops it
 )->pd.DataFrame: # scores: `agrees`, 1 or 0, of every turn but summaries
     "Compare every answer with the last vote on its problem."
     turns = turns[answering(turns)]
-    last = votes.sort_values('round').drop_duplicates('problem_id', keep='last').set_index('problem_id')['answer']
-    lost = turns['problem_id'][~turns['problem_id'].isin(last.index)]
+    last = votes.sort_values('round').drop_duplicates('problem_id', keep='last')
+    lost = turns['problem_id'][~turns['problem_id'].isin(last['problem_id'])]
     if len(lost): raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem without a vote, first {lost.iloc[0]!r}: vote on all of them')
-    same = canonical_answers(turns, problems).to_numpy(object) == turns['problem_id'].map(last).to_numpy(object)
-    return score_rows(turns, 'agrees', 'majority-1', value=same & turns['answer'].notna())
+    last = last[last['problem_id'].isin(turns['problem_id'])]
+    both = pd.concat([part[['problem_id', 'answer']].astype(object) for part in (turns, last)], ignore_index=True)
+    said = canonical_answers(both, problems, grader)
+    voted = dict(zip(last['problem_id'], said[len(turns):]))
+    same = said[:len(turns)].to_numpy(object) == turns['problem_id'].map(voted).to_numpy(object)
+    return score_rows(turns, 'agrees', MAJORITY, value=same & turns['answer'].notna())
 
 # %% ../nbs/api/05_rewards.ipynb #32b3e469
 def unread_share(
