@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from conftest import REPO, command
 from mapo.cli import checked, main, notebook, parameters
 from mapo.mars_po import ARMS, MARS_PO, MarsPO, all_arms, judge_rewards, mars_po_experiment, mars_po_settings, reward_scores, write_record
 from mapo.report import redraw
@@ -14,6 +13,7 @@ from mapo.runs import Run, stage
 from mapo.tiny import train_tiny
 
 SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4, reward_updates=2)
+ONCE = SMALL | dict(iterations=1)
 
 
 def test_the_notebook_offers_every_setting_and_nothing_else():
@@ -27,9 +27,9 @@ def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
         assert mars_po_settings('tiny', **{k: v for k, v in checked('mars_po', given).items() if k in given}) == preset
 
 
-@pytest.mark.parametrize('variant', [dict(lora_rank=4, learning_rate=1e-3), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
-def test_variants_run_to_the_end(variant, tmp_path):
-    run = Run('variant', variant, root=tmp_path)
+@pytest.mark.parametrize('variant', [pytest.param(dict(lora_rank=4, learning_rate=1e-3), marks=pytest.mark.slow), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
+def test_variants_run_to_the_end(variant, runs):
+    run = Run('variant', variant, root=runs)
     settings = mars_po_settings('smoke', **SMALL | variant)
     record = mars_po_experiment(run, settings, 'mars_po,sft_hybrid', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
@@ -37,11 +37,11 @@ def test_variants_run_to_the_end(variant, tmp_path):
     assert (rows.n == 1).all() and rows.problem_id.nunique() == 4
 
 
-def test_the_initial_reference_is_not_the_previous_one(tmp_path):
+def test_the_initial_reference_is_not_the_previous_one(runs):
     "At iteration 2 the first step's log-ratios are zero against the previous model, and not against the initial one."
     margins = {}
     for reference in ('previous', 'initial'):
-        record = mars_po_experiment(Run(reference, {}, root=tmp_path), mars_po_settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
+        record = mars_po_experiment(Run(reference, {}, root=runs), mars_po_settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
         curves = pd.read_csv(record/'training.csv').set_index('step')
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
@@ -49,25 +49,28 @@ def test_the_initial_reference_is_not_the_previous_one(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def every(tmp_path_factory):
-    "One iteration of every arm: the run, what each arm did, and the record."
-    run = Run('every', {}, root=tmp_path_factory.mktemp('every'))
-    settings = mars_po_settings('smoke', **SMALL | dict(iterations=1))
+def every(runs):
+    "One iteration of every arm: the run, what each arm did, and the record. test_papers.py runs the notebook with the same."
+    run = Run('every', {}, root=runs)
+    settings = mars_po_settings('smoke', **ONCE)
     done = all_arms(run, settings, 'all', [0], 'dev')
     return run, done, write_record(run, settings, done, judge_rewards(settings, done, reward_scores(run, settings, done)))
 
 
+@pytest.mark.slow
 def test_arms_share_the_samples_they_have_in_common(every):
     keys = lambda same: {steps[0]['turns'].key for (arm, _), steps in every[1].items() if 'turns' in steps[0] and arm.endswith('_same') == same}
     assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
 
 
+@pytest.mark.slow
 def test_arms_that_are_compared_learn_from_the_same_problems(every):
     asked = lambda arm, agent: set(every[1][arm, 0][0]['chosen'][agent].read('data').problem_id)
     for agent in every[1]['mars_po', 0][0]['chosen']:
         assert asked('mars_po', agent) == asked('sft_hybrid', agent) == asked('mars_po_random', agent) == asked('mars_po_pooled', agent)
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_the_grades_its_arm_sees_and_is_shared_where_they_are_the_same(every):
     model = lambda arm: every[1][arm, 0][0]['ranker']['model'].path
     assert model('mars_po') == model('sft_own') == model('dpo') == model('mars_po_ranked')
@@ -75,6 +78,7 @@ def test_a_reward_model_learns_the_grades_its_arm_sees_and_is_shared_where_they_
     assert every[1]['mars_po_random', 0][0]['ranker'] is None
 
 
+@pytest.mark.slow
 def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     record = every[2]
     assert set(pd.read_parquet(record/'results.parquet').arm) == set(ARMS)
@@ -84,6 +88,7 @@ def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png', 'training.png'} <= drawn
 
 
+@pytest.mark.slow
 def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
     @stage()
     def make_agent(draft, *, name:str, seed:int, share:float): train_tiny(name, seed, draft.path, share=.02)
@@ -115,12 +120,14 @@ def test_a_reward_model_that_is_none_is_refused(path, sentence, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence): all_arms(Run('none', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
 
 
-def test_one_more_alpha_trains_again_and_does_not_sample_again(tmp_path):
-    settings = mars_po_settings('smoke', **SMALL | dict(iterations=1))
-    mars_po_experiment(Run('first', {}, root=tmp_path), settings, 'mars_po', [0], 'dev')
-    second = Run('second', {}, root=tmp_path)
-    mars_po_experiment(second, mars_po_settings('smoke', **SMALL | dict(iterations=1, alpha_first=.9)), 'mars_po', [0], 'dev')
-    made = [s['stage'] for s in second.stages if not s['reused']]
+def asked(run): return {(s['stage'], s['key']) for s in run.stages}
+
+
+def test_one_more_alpha_trains_again_and_does_not_sample_again(runs):
+    first, second = (Run(name, {}, root=runs) for name in ('first', 'second'))
+    mars_po_experiment(first, mars_po_settings('smoke', **ONCE), 'mars_po', [0], 'dev')
+    mars_po_experiment(second, mars_po_settings('smoke', **ONCE | dict(alpha_first=.9)), 'mars_po', [0], 'dev')
+    made = [stage for stage, key in asked(second) - asked(first)]
     assert made.count('tune_dpo') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
 
 
@@ -147,14 +154,3 @@ def test_the_command_refuses_an_unknown_preset_before_anything_is_computed(tmp_p
     assert out.returncode == 1
     assert out.stderr.strip().splitlines()[-1] == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper"
     assert not list(tmp_path.rglob('*.parquet')) and not list(tmp_path.rglob('manifest.json'))
-
-
-@pytest.mark.skipif(not (REPO/'figures'/'record'/'mars_po').exists(), reason='nothing has been published')
-def test_drawing_again_changes_no_byte(copy):
-    "`make figures`: figures, tables and the paper's notebook come out of the record exactly as they are committed."
-    shown = [*(copy/'figures'/'mars_po').iterdir(), copy/'nbs'/'papers'/'mars_po.ipynb']
-    before = {p: p.read_bytes() for p in shown}
-    for p in (copy/'figures'/'mars_po').iterdir(): p.unlink()
-    code, output = command(sys.executable, '-c', "from mapo.cli import main; main(['figures'])", cwd=copy, PYTHONPATH=str(copy))
-    assert code == 0, output
-    assert {p: p.read_bytes() for p in [*(copy/'figures'/'mars_po').iterdir(), shown[-1]]} == before

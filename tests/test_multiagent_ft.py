@@ -34,31 +34,32 @@ def chosen(run, settings, arm):
     return {name: artifact.read('data').to_dict('list') for name, artifact in steps[0]['lessons'].items()}
 
 
-@pytest.mark.parametrize('arm', ['multiagent_ft', 'majority_ft', 'debate_dpo', 'star'])
-def test_gold_answers_are_read_by_star_alone(arm, tmp_path, monkeypatch):
+@pytest.mark.parametrize('arm', [pytest.param('multiagent_ft', marks=pytest.mark.slow), 'majority_ft', 'debate_dpo', 'star'])
+def test_gold_answers_are_read_by_star_alone(arm, runs, monkeypatch):
     @stage()
     def spoilt(draft, *, problems): draft.write('problems', problems.read('problems').assign(answer='-17', solution='no'))
     settings = small(temperature=1.)
-    honest = chosen(Run('honest', {}, root=tmp_path), settings, arm)
+    honest = chosen(Run('honest', {}, root=runs), settings, arm)
     monkeypatch.setattr('mapo.multiagent_ft.problem_set', lambda run, s: None)
-    run = Run('spoilt', {}, root=tmp_path)
+    run = Run('spoilt', {}, root=runs)
     steps = multiagent_ft(run, settings, ARMS[arm], 0, run.stage(spoilt, problems=problem_set(run, settings)), 'dev')
     blind = {name: artifact.read('data').to_dict('list') for name, artifact in steps[0]['lessons'].items()}
     assert (str(blind) == str(honest)) == (arm != 'star')
 
 
-@pytest.mark.parametrize('sizes', [dict(seats=1), dict(rounds=1), dict(seats=2, rounds=3, critic_turns='all agreeing'), dict(lora_rank=2), dict(unique_ids='{kind}{seat}')])
-def test_debates_of_every_size_run_to_the_end(sizes, tmp_path):
+@pytest.mark.parametrize('sizes', [dict(seats=1), dict(rounds=1), pytest.param(dict(seats=2, rounds=3, critic_turns='all agreeing'), marks=pytest.mark.slow),
+                                   pytest.param(dict(lora_rank=2), marks=pytest.mark.slow), pytest.param(dict(unique_ids='{kind}{seat}'), marks=pytest.mark.slow)])
+def test_debates_of_every_size_run_to_the_end(sizes, runs, tmp_path):
     settings = small(**sizes)
-    record = multiagent_ft_experiment(Run('sizes', {k: v for k, v in sizes.items()}, root=tmp_path), settings, 'multiagent_ft', [0], 'dev')
+    record = multiagent_ft_experiment(Run('sizes', sizes, root=runs), settings, 'multiagent_ft', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
     assert set(zip(rows.arm, rows.iteration)) == {('base', 0), ('majority', 0), ('debate', 0), ('multiagent_ft', 1)}
     assert redraw(record, tmp_path/'figures')
 
 
-def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(tmp_path):
+def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(runs):
     settings = small(n_train=1, corrected=1.)
-    record = multiagent_ft_experiment(Run('none', {}, root=tmp_path), settings, 'multiagent_ft', [0], 'dev')
+    record = multiagent_ft_experiment(Run('none', {}, root=runs), settings, 'multiagent_ft', [0], 'dev')
     lessons = pd.read_csv(record/'lessons.csv', keep_default_na=False)
     none = lessons[lessons.examples == 0]
     assert len(none) and (none.kept_as_it_was != '').all() and (none.updates == 0).all()
@@ -97,8 +98,10 @@ def test_a_debate_killed_in_its_second_round_goes_on_where_it_stopped(tmp_path, 
     assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files'] # 4 + 4 chunks, one of them twice
 
 
-def test_core_is_what_its_record_draws(tmp_path):
-    record = multiagent_ft_experiment(Run('core', {}, root=tmp_path), small(transfer='arithmetic'), 'core', [0], 'dev')
+@pytest.mark.slow
+def test_core_is_what_its_record_draws(runs, tmp_path):
+    "test_papers.py runs the notebook with the same."
+    record = multiagent_ft_experiment(Run('core', {}, root=runs), small(transfer='arithmetic'), 'core', [0], 'dev')
     assert set(pd.read_parquet(record/'results.parquet').arm) == set(CORE)
     drawn = {p.name for p in redraw(record, tmp_path/'figures')}
     assert {'accuracy.png', 'readouts.png', 'diversity.png', 'claims.md', 'comparisons.md', 'results.md', 'cost.svg'} <= drawn
