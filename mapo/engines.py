@@ -188,8 +188,9 @@ def device_for(
 # %% ../nbs/api/03_engines.ipynb #7eff9297
 def give_back_memory()->None:
     "Give the accelerator's unused memory back, so that other processes can have it."
+    if not torch.accelerator.is_available(): return
     gc.collect()
-    if torch.accelerator.is_available(): torch.accelerator.empty_cache()
+    torch.accelerator.empty_cache()
 
 # %% ../nbs/api/03_engines.ipynb #44e84ad6
 def load_tokenizer(

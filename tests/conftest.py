@@ -1,4 +1,5 @@
-"What all tests share: no network, one thread, runs of their own, and a copy of the repository to work in."
+"What all tests share: no network, one thread, one run root, a copy of the repository to work in, and work that is done once."
+import gc
 import os
 import shutil
 import subprocess
@@ -7,17 +8,65 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[1]
+WORKER = os.environ.get('PYTEST_XDIST_WORKER') # 'gw0', 'gw1', ...; None in the process that was called, which starts the workers
 
 # set before any test imports torch; subprocesses inherit them
 for name, value in {'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': '1',
                     'HF_HUB_DISABLE_TELEMETRY': '1', 'MAPO_SHARED_DATA': str(REPO.parent/'shared'/'data')}.items():
     os.environ.setdefault(name, value)
-os.environ['MAPO_RUNS'] = tempfile.mkdtemp(prefix='mapo-test-runs-')
+if not WORKER: os.environ['MAPO_TESTS'] = tempfile.mkdtemp(prefix='mapo-tests-')
+SESSION = Path(os.environ['MAPO_TESTS']) # of all workers, fresh for each session
+os.environ['MAPO_RUNS'] = str(SESSION/'runs')
 
 
-def pytest_sessionfinish(): shutil.rmtree(os.environ['MAPO_RUNS'], ignore_errors=True)
+def pytest_sessionfinish():
+    import warm
+    warm.stop()
+    if not WORKER: shutil.rmtree(SESSION, ignore_errors=True)
+
+
+# What the two workers begin with: the groups that take longest, so that both end at about the same time.
+LONGEST = ['launch', 'mars_po', 'multiagent_ft', 'malt', 'servers', 'from_one_problem', 'specialization', 'runs', '07_training', 'docs', '11_report', 'training']
+
+
+def group(item): return item.get_closest_marker('xdist_group').args[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "One worker takes a file's tests, or those that are marked as a group: what they share is made once."
+    for item in items:
+        if not item.get_closest_marker('xdist_group'): item.add_marker(pytest.mark.xdist_group(item.path.stem.removeprefix('test_')))
+    if WORKER: items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+
+
+def pytest_runtest_setup():
+    "Every training and its engine make Python's collector walk over all that is alive; half a million objects of libraries are put aside."
+    if gc.get_freeze_count() > 200_000 or 'torch' not in sys.modules: return
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope='session')
+def runs():
+    "One run root for all tests that look at finished work: equal stages are made once."
+    return SESSION/'runs'
+
+
+def once(name, make):
+    "The folder `name` of this session, which `make(folder)` fills; another worker that wants it waits."
+    folder = SESSION/name
+    with FileLock(f'{folder}.lock'):
+        if not folder.exists():
+            unfinished = folder.with_suffix('.unfinished')
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def tracked():
@@ -26,14 +75,23 @@ def tracked():
     return [Path(n) for n in names.stdout.split('\0') if n and (REPO/n).is_file()]
 
 
+def copied(folder):
+    for path in tracked():
+        (folder/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO/path, folder/path)
+    return folder
+
+
 @pytest.fixture
 def copy(tmp_path):
     "A copy of the working tree: what a test changes there is lost."
-    for path in tracked():
-        target = tmp_path/'mapo-copy'/path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPO/path, target)
-    return tmp_path/'mapo-copy'
+    return copied(tmp_path/'mapo-copy')
+
+
+@pytest.fixture(scope='session')
+def checkout(tmp_path_factory):
+    "A copy of the working tree for tests that leave it as it is."
+    return copied(tmp_path_factory.mktemp('checkout')/'mapo-copy')
 
 
 def command(*words, cwd, timeout=300, **env):

@@ -1,13 +1,14 @@
 "The site is whole, and needs nothing but its own folder."
 import json
 
-from conftest import REPO, command
+from conftest import REPO
 from mapo.docs import broken
+from warm import Warm
 
 
 def test_site(copy):
     "One build, looked at from all sides: pages, links, mathematics, search."
-    code, output = command('python', '-c', 'from mapo.docs import main; main()', cwd=copy, PYTHONPATH=str(copy))
+    code, output = Warm('from mapo.docs import main; main()', said=copy.parent/'said', cwd=copy, PYTHONPATH=copy).wait()
     assert code == 0, output[-4000:]
     site = copy/'_docs'
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}

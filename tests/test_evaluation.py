@@ -132,6 +132,12 @@ def test_holm_keeps_the_family_error():
     assert abs(family.mean() - .05) < .0066  # 3 standard errors
 
 
+def test_holm_steps_down():
+    "By hand: the smallest p-value times 4, the next times 3, and so on; never less than the one before, never above 1."
+    assert np.allclose(holm([.03, .005, .04, .015]), [.06, .02, .06, .045])
+    assert np.allclose(holm([.6, .9]), [1, 1])
+
+
 def test_pass_at_k_is_unbiased_and_matches_the_product():
     rng = np.random.default_rng(9)
     c = rng.binomial(10, .3, 40_000)
@@ -161,6 +167,13 @@ def test_majority_ignores_row_order_and_survives_odd_labels():
     one, two = majority(table), majority(table.sample(frac=1, random_state=1))
     pd.testing.assert_frame_equal(one, two)
     assert set(one.maj) == {0., 1.}
+
+
+def test_no_answer_is_favoured_where_several_are_as_frequent():
+    said = pd.DataFrame([dict(arm='base', seed=0, iteration=0, agent='a', problem_id=f'p{i}', answer=answer, correct=float(answer == '1')) for i in range(400) for answer in '12'])
+    drawn = majority(said)
+    assert drawn.tie.all() and abs(drawn.maj.mean() - .5) < .09 # 3.5 standard errors
+    assert (drawn.maj != majority(said, seed=1).maj).mean() > .3
 
 
 @pytest.fixture(scope='module')

@@ -21,6 +21,7 @@ from mapo.agents import Model
 from mapo.engines import load_model, save_model
 from mapo.training import DPO, LAUNCH, SFT, Launch, Reward, check_launch, reference_log_probabilities, train_dpo, train_reward, train_sft
 from test_training import make_pairs, random_model
+from warm import Warm
 
 TWO = Launch('ddp', 2)
 K = dict(batch_size=4, learning_rate=1e-3, schedule='cosine', warmup=.2, updates=4)
@@ -114,6 +115,7 @@ torch.distributed.destroy_process_group()
 def strategy(name): return pytest.param(name, marks=pytest.mark.skipif(name == 'zero3' and not find_spec('deepspeed'), reason='DeepSpeed is not installed'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [strategy(n) for n in ('ddp', 'fsdp', 'zero3')])
 def test_two_processes_compute_what_one_does(initial, untied, table, tmp_path, name, monkeypatch):
     "Every kind of training, whole, in passes, with adapters; and one that falls and goes on from its checkpoint."
@@ -134,6 +136,7 @@ def test_two_processes_compute_what_one_does(initial, untied, table, tmp_path, n
     assert not [p for p in tmp_path.rglob('*') if p.suffix in ('.bin', '.pt', '.pth')]
 
 
+@pytest.mark.slow
 def test_one_launched_process_writes_the_bytes_of_none(initial, table, tmp_path, capfd):
     one,none = (train('dpo', initial, table, tmp_path/name, launch=launch) for name, launch in [('one', Launch('ddp', 1)), ('none', Launch())])
     assert one.log.equals(none.log) and one.counts == none.counts and one.model == replace(none.model, path=str(tmp_path/'one'))
@@ -158,16 +161,17 @@ def step(folder):
     except (OSError, IndexError): return 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_path):
     "One process dies by kill -9 after a checkpoint, the next start goes on from it, to the weights of an undisturbed training."
-    settings,folder = DPO(**K | dict(updates=60), alpha=.4),tmp_path/'out'/'launch'
+    settings,folder = DPO(**K | dict(updates=40), alpha=.4),tmp_path/'out'/'launch'
     def kill():
-        wait_for(lambda: step(folder) >= 21)
+        wait_for(lambda: step(folder) >= 11)
         os.kill(int((folder/'process-1.pid').read_text()), signal.SIGKILL)
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(ChildProcessError, match=r"launched training of 'random0' died: process 1 of 2 was ended by SIGKILL.* goes on from the last one when"):
-        train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, checkpoint_every=20, progress=False)
+        train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, checkpoint_every=10, progress=False)
     killer.join()
     assert not processes(folder)
     [checkpoint] = (tmp_path/'out'/'checkpoints').iterdir()
@@ -175,8 +179,8 @@ def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_
     with pytest.raises(ValueError, match='another model, rows or settings'): train('dpo', initial, table, tmp_path/'out', settings)
     resumed = train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, progress=False)
     whole = train('dpo', initial, table, tmp_path/'whole', settings, progress=False)
-    agree(resumed.log[:40], tmp_path/'out', replace(whole, log=whole.log[:40]), atol=5e-3)
-    assert len(resumed.log) == 60 and not (tmp_path/'out'/'launch').exists() and not (tmp_path/'out'/'checkpoints').exists()
+    agree(resumed.log[:20], tmp_path/'out', replace(whole, log=whole.log[:20]), atol=5e-3)
+    assert len(resumed.log) == 40 and not (tmp_path/'out'/'launch').exists() and not (tmp_path/'out'/'checkpoints').exists()
 
 
 PARENT = '''
@@ -189,16 +193,18 @@ train_sft(Model('initial', sys.argv[1]), rows, SFT(updates=100000, batch_size=4)
 '''
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_one_that_asked(initial, tmp_path):
     folder = tmp_path/'out'/'launch'
-    parent = subprocess.Popen([sys.executable, '-c', PARENT, initial.path, tmp_path/'out'])
+    parent = Warm(PARENT, initial.path, tmp_path/'out', said=tmp_path/'said')
     wait_for(lambda: step(folder) >= 2)
     assert len(processes(folder)) == 3
-    parent.kill()
+    os.kill(parent.pid, signal.SIGKILL)
     wait_for(lambda: not processes(folder), 20)
-    assert parent.wait() == -signal.SIGKILL
+    assert parent.wait()[0] == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_processes(initial, table, tmp_path):
     folder = tmp_path/'out'/'launch'
     def interrupt():
@@ -209,6 +215,7 @@ def test_an_interrupt_ends_all_processes(initial, table, tmp_path):
     assert not processes(folder)
 
 
+@pytest.mark.slow
 def test_an_error_inside_comes_back_as_its_sentence(initial, table, tmp_path):
     with pytest.raises(FloatingPointError, match=r'^the (loss|grad_norm) became \w+ at update 3 of 4: lower the learning rate'):
         train('sft', initial, table, tmp_path/'out', replace(SETTINGS['sft'], learning_rate=1e30), launch=TWO, checkpoint_every=2, progress=False)

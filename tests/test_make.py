@@ -18,7 +18,7 @@ def installed(copy):
     return copy
 
 
-@pytest.mark.parametrize('target', ['reproduce', 'test', 'lab', 'docs', 'bench', 'figures'])
+@pytest.mark.parametrize('target', ['reproduce', 'check', 'test', 'lab', 'docs', 'bench', 'figures'])
 def test_targets_install_only_when_needed(installed, target):
     code, planned = command('make', '-n', target, cwd=installed)
     assert code == 0 and 'pip install' not in planned, planned

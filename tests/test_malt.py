@@ -14,6 +14,7 @@ from mapo.report import load_record, redraw
 from mapo.rewards import example_tree
 from mapo.runs import Run, stage
 
+KINDS = 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_right,debate,malt_harder,malt_branching_4'
 SMALL = dict(n_train=4, n_dev=3, n_test=3, n_hard=3, branching=(2, 2, 2), sft_updates=1, dpo_updates=1, batch_size=4)
 
 
@@ -34,20 +35,22 @@ def test_core_holds_the_primary_comparisons_and_every_arm_can_be_asked_for():
 
 
 @pytest.fixture(scope='module')
-def record(tmp_path_factory):
-    "Arms of every kind: the run, and its record."
-    run = Run('kinds', {}, root=tmp_path_factory.mktemp('kinds'))
-    return run, experiment(run, MALT, MALT.settings('smoke', **SMALL), 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_right,debate,malt_harder,malt_branching_4', [0], 'dev')
+def record(runs):
+    "Arms of every kind: the run, and its record. test_papers.py runs the notebook with the same."
+    run = Run('kinds', {}, root=runs)
+    return run, experiment(run, MALT, MALT.settings('smoke', **SMALL), KINDS, [0], 'dev')
 
 
+@pytest.mark.slow
 def test_the_record_is_drawn(record, tmp_path):
     drawn = {p.name for p in redraw(record[1], tmp_path)}
     assert {'accuracy.png', 'claims.md', 'readouts.md', 'flips.md', 'sweep.png', 'training.png', 'results.md'} <= drawn
 
 
+@pytest.mark.slow
 def test_arms_share_trees_trainings_and_passes(record):
     "malt and malt_one differ in how they are read; star's fine-tuned models are where MALT's DPO begins."
-    made = pd.DataFrame(record[0].stages).query('not reused')
+    made = pd.DataFrame(record[0].stages).drop_duplicates('key')
     assert (made.stage == 'tune_dpo').sum() == 2*2, 'verifier and refiner, with two kinds of tree'
     assert (made.stage == 'tune_sft').sum() == 2*3 + 1, 'three roles with two kinds of tree, and the generator alone'
     rows, _, _ = load_record(record[1])
@@ -55,6 +58,7 @@ def test_arms_share_trees_trainings_and_passes(record):
     assert (one.n == 3).all() and (vote.n == 1).all() and (one.maj == vote.c).all()
 
 
+@pytest.mark.slow
 def test_what_is_measured_adds_up(record):
     rows, costs, manifest = load_record(record[1])
     flips = pd.read_csv(record[1]/'flips.csv')
@@ -69,6 +73,7 @@ def test_what_is_measured_adds_up(record):
     assert manifest['bases']['malt'] == 'ma_vote' and manifest['bases']['gold_sft'] == 'sa_vote'
 
 
+@pytest.mark.slow
 def test_dpo_begins_at_the_fine_tuned_model(record):
     "Held to the model that it starts from, the first margin is zero, and the second is not."
     margins = pd.read_csv(record[1]/'training.csv').query("arm == 'malt'").sort_values('step').margin
@@ -76,24 +81,25 @@ def test_dpo_begins_at_the_fine_tuned_model(record):
 
 
 @pytest.mark.parametrize('variant', [dict(lora_rank=4, sft_learning_rate=1e-3), dict(verifier='tiny:products', generator_dpo=True, n_pairs=1), dict(gap=.5, threshold=.4, branching=(3, 2, 1))], ids=str)
-def test_variants_run_to_the_end(variant, tmp_path):
-    step = compute(Run('variant', variant, root=tmp_path), MALT, MALT.settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')[-1]
+def test_variants_run_to_the_end(variant, runs):
+    done = compute(Run('variant', variant, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')
+    step = done[-1]
     assert step.arm.name == 'malt' and any(f.training for f in step.fits)
     if 'lora_rank' in variant: assert len({a.model.path for a in step.team}) == 1 and any(a.model.adapter for a in step.team)
     if 'generator_dpo' in variant: assert [f.objective for f in step.fits if f.learner == 'generator'] == ['sft', 'dpo']
 
 
-def test_another_threshold_grows_no_new_tree(tmp_path):
-    settings = lambda **more: MALT.settings('smoke', **SMALL | more)
-    compute(Run('first', {}, root=tmp_path), MALT, settings(), 'star_ma', [0], 'dev')
-    second = Run('second', {}, root=tmp_path)
-    compute(second, MALT, settings(threshold=.2), 'star_ma', [0], 'dev')
-    made = [s['stage'] for s in second.stages if not s['reused']]
+def test_another_threshold_grows_no_new_tree(runs):
+    first, second = (Run(name, {}, root=runs) for name in ('first', 'second'))
+    compute(first, MALT, MALT.settings('smoke', **SMALL), 'star_ma', [0], 'dev')
+    compute(second, MALT, MALT.settings('smoke', **SMALL | dict(threshold=.2)), 'star_ma', [0], 'dev')
+    asked = lambda run: {(s['stage'], s['key']) for s in run.stages}
+    made = [stage for stage, key in asked(second) - asked(first)]
     assert made.count('value_turns') == 1 and made.count('sample_chain') <= 2, 'only the evaluation of newly trained roles'
 
 
-def test_contexts_that_outgrow_the_window_are_counted_and_wrong(tmp_path):
-    run = Run('long', {}, root=tmp_path)
+def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
+    run = Run('long', {}, root=runs)
     record = experiment(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'ma', [0], 'dev')
     rows, _, _ = load_record(record)
     assert (rows.c == 0).all() and (rows.n == 1).all() and len(rows) == 3
@@ -103,9 +109,9 @@ def test_contexts_that_outgrow_the_window_are_counted_and_wrong(tmp_path):
     with pytest.raises(ValueError, match="star_ma: no examples for agent 'generator'"): compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
 
 
-def test_nobody_right_is_one_sentence(tmp_path):
+def test_nobody_right_is_one_sentence(runs):
     with pytest.raises(ValueError, match="malt: no examples for agent 'generator': none of 8 turns is right"):
-        compute(Run('wrong', {}, root=tmp_path), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
+        compute(Run('wrong', {}, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
 
 
 @pytest.mark.parametrize('leaves,fate', [([[1, 1], [1, 1]], 'nothing to reject'), ([[0, 0], [0, 0]], 'nothing to choose')])

@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from conftest import REPO, command
 from mapo.cli import checked, main, notebook, parameters
 from mapo.experiment import compute, experiment, write_record
 from mapo.mars_po import ARMS, MARS_PO, MarsPO, reward_scores
@@ -15,6 +14,7 @@ from mapo.runs import Run, stage
 from mapo.tiny import train_tiny
 
 SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4, reward_updates=2)
+ONCE = SMALL | dict(iterations=1)
 
 
 def test_the_notebook_offers_every_setting_and_nothing_else():
@@ -28,9 +28,9 @@ def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
         assert MARS_PO.settings('tiny', **{k: v for k, v in checked('mars_po', given).items() if k in given}) == preset
 
 
-@pytest.mark.parametrize('variant', [dict(lora_rank=4, learning_rate=1e-3), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
-def test_variants_run_to_the_end(variant, tmp_path):
-    run = Run('variant', variant, root=tmp_path)
+@pytest.mark.parametrize('variant', [pytest.param(dict(lora_rank=4, learning_rate=1e-3), marks=pytest.mark.slow), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
+def test_variants_run_to_the_end(variant, runs):
+    run = Run('variant', variant, root=runs)
     settings = MARS_PO.settings('smoke', **SMALL | variant)
     record = experiment(run, MARS_PO, settings, 'mars_po,sft_hybrid', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
@@ -38,11 +38,11 @@ def test_variants_run_to_the_end(variant, tmp_path):
     assert (rows.n == 1).all() and rows.problem_id.nunique() == 4
 
 
-def test_the_initial_reference_is_not_the_previous_one(tmp_path):
+def test_the_initial_reference_is_not_the_previous_one(runs):
     "At iteration 2 the first step's log-ratios are zero against the previous model, and not against the initial one."
     margins = {}
     for reference in ('previous', 'initial'):
-        record = experiment(Run(reference, {}, root=tmp_path), MARS_PO, MARS_PO.settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
+        record = experiment(Run(reference, {}, root=runs), MARS_PO, MARS_PO.settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
         curves = pd.read_csv(record/'training.csv').set_index('step')
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
@@ -50,26 +50,29 @@ def test_the_initial_reference_is_not_the_previous_one(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def every(tmp_path_factory):
-    "One iteration of every arm: the run, what each arm did, and the record."
-    run = Run('every', {}, root=tmp_path_factory.mktemp('every'))
-    settings = MARS_PO.settings('smoke', **SMALL | dict(iterations=1))
+def every(runs):
+    "One iteration of every arm: the run, what each arm did, and the record. test_papers.py runs the notebook with the same."
+    run = Run('every', {}, root=runs)
+    settings = MARS_PO.settings('smoke', **ONCE)
     steps = compute(run, MARS_PO, settings, 'all', [0], 'dev')
     record = write_record(run, MARS_PO, settings, steps, reward_scores(run, settings, steps))
     return run, {step.arm.name: step for step in steps}, record
 
 
+@pytest.mark.slow
 def test_arms_share_the_samples_they_have_in_common(every):
     keys = lambda same: {step.turns.key for arm, step in every[1].items() if step.turns and arm.endswith('_same') == same}
     assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
 
 
+@pytest.mark.slow
 def test_arms_that_are_compared_learn_from_the_same_problems(every):
     asked = lambda arm, agent: {p for f in every[1][arm].fits if f.learner == agent for p in f.data.read('data').problem_id}
     for agent in [a.name for a in every[1]['mars_po'].team]:
         assert asked('mars_po', agent) == asked('sft_hybrid', agent) == asked('mars_po_random', agent) == asked('mars_po_pooled', agent)
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_the_grades_its_arm_sees_and_is_shared_where_they_are_the_same(every):
     model = lambda arm: every[1][arm].more['reward_model'].path
     assert model('mars_po') == model('sft_own') == model('dpo') == model('mars_po_ranked')
@@ -77,6 +80,7 @@ def test_a_reward_model_learns_the_grades_its_arm_sees_and_is_shared_where_they_
     assert every[1]['mars_po_random'].more['reward_model'] is None
 
 
+@pytest.mark.slow
 def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     record = every[2]
     assert set(pd.read_parquet(record/'results.parquet').arm) == {arm.name for arm in ARMS}
@@ -86,6 +90,7 @@ def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png', 'training.png'} <= drawn
 
 
+@pytest.mark.slow
 def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
     @stage()
     def make_agent(draft, *, name:str, seed:int, share:float): train_tiny(name, seed, draft.path, share=.02)
@@ -117,12 +122,14 @@ def test_a_reward_model_that_is_none_is_refused(path, sentence, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence): compute(Run('none', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
-def test_one_more_alpha_trains_again_and_does_not_sample_again(tmp_path):
-    settings = MARS_PO.settings('smoke', **SMALL | dict(iterations=1))
-    experiment(Run('first', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
-    second = Run('second', {}, root=tmp_path)
-    experiment(second, MARS_PO, MARS_PO.settings('smoke', **SMALL | dict(iterations=1, alpha_first=.9)), 'mars_po', [0], 'dev')
-    made = [s['stage'] for s in second.stages if not s['reused']]
+def asked(run): return {(s['stage'], s['key']) for s in run.stages}
+
+
+def test_one_more_alpha_trains_again_and_does_not_sample_again(runs):
+    first, second = (Run(name, {}, root=runs) for name in ('first', 'second'))
+    experiment(first, MARS_PO, MARS_PO.settings('smoke', **ONCE), 'mars_po', [0], 'dev')
+    experiment(second, MARS_PO, MARS_PO.settings('smoke', **ONCE | dict(alpha_first=.9)), 'mars_po', [0], 'dev')
+    made = [stage for stage, key in asked(second) - asked(first)]
     assert made.count('tune_dpo') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
 
 
@@ -149,14 +156,3 @@ def test_the_command_refuses_an_unknown_preset_before_anything_is_computed(tmp_p
     assert out.returncode == 1
     assert out.stderr.strip().splitlines()[-1] == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper"
     assert not list(tmp_path.rglob('*.parquet')) and not list(tmp_path.rglob('manifest.json'))
-
-
-@pytest.mark.skipif(not (REPO/'figures'/'record'/'mars_po').exists(), reason='nothing has been published')
-def test_drawing_again_changes_no_byte(copy):
-    "`make figures`: figures, tables and the paper's notebook come out of the record exactly as they are committed."
-    shown = [*(copy/'figures'/'mars_po').iterdir(), copy/'nbs'/'papers'/'mars_po.ipynb']
-    before = {p: p.read_bytes() for p in shown}
-    for p in (copy/'figures'/'mars_po').iterdir(): p.unlink()
-    code, output = command(sys.executable, '-c', "from mapo.cli import main; main(['figures'])", cwd=copy, PYTHONPATH=str(copy))
-    assert code == 0, output
-    assert {p: p.read_bytes() for p in [*(copy/'figures'/'mars_po').iterdir(), shown[-1]]} == before

@@ -37,29 +37,30 @@ def chosen(run, settings, name, problems):
     return {f.learner: f.data.read('data').to_dict('list') for f in step.fits}
 
 
-@pytest.mark.parametrize('name', ['multiagent_ft', 'majority_ft', 'debate_dpo', 'star'])
-def test_gold_answers_are_read_by_star_alone(name, tmp_path):
+@pytest.mark.parametrize('name', [pytest.param('multiagent_ft', marks=pytest.mark.slow), 'majority_ft', 'debate_dpo', 'star'])
+def test_gold_answers_are_read_by_star_alone(name, runs):
     @stage()
     def spoilt(draft, *, problems): draft.write('problems', problems.read('problems').assign(answer='-17', solution='no'))
     settings = small(temperature=1.)
-    run = Run('honest', {}, root=tmp_path)
+    run = Run('honest', {}, root=runs)
     problems = run.stage(make_problems, **settings.problem_set())
     honest, blind = (chosen(run, settings, name, asked) for asked in (problems, run.stage(spoilt, problems=problems)))
     assert (str(blind) == str(honest)) == (name != 'star')
 
 
-@pytest.mark.parametrize('sizes', [dict(seats=1), dict(rounds=1), dict(seats=2, rounds=3, critic_turns='all agreeing'), dict(lora_rank=2), dict(unique_ids='{kind}{seat}')])
-def test_debates_of_every_size_run_to_the_end(sizes, tmp_path):
+@pytest.mark.parametrize('sizes', [dict(seats=1), dict(rounds=1), pytest.param(dict(seats=2, rounds=3, critic_turns='all agreeing'), marks=pytest.mark.slow),
+                                   pytest.param(dict(lora_rank=2), marks=pytest.mark.slow), pytest.param(dict(unique_ids='{kind}{seat}'), marks=pytest.mark.slow)])
+def test_debates_of_every_size_run_to_the_end(sizes, runs, tmp_path):
     settings = small(**sizes)
-    record = experiment(Run('sizes', {k: v for k, v in sizes.items()}, root=tmp_path), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
+    record = experiment(Run('sizes', sizes, root=runs), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
     assert set(zip(rows.arm, rows.iteration)) == {('base', 0), ('majority', 0), ('debate', 0), ('multiagent_ft', 1)}
     assert redraw(record, tmp_path/'figures')
 
 
-def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(tmp_path):
+def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(runs):
     settings = small(n_train=1, corrected=1.)
-    record = experiment(Run('none', {}, root=tmp_path), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
+    record = experiment(Run('none', {}, root=runs), MULTIAGENT_FT, settings, 'multiagent_ft', [0], 'dev')
     lessons = pd.read_csv(record/'lessons.csv', keep_default_na=False)
     none = lessons[lessons.examples == 0]
     assert len(none) and (none.kept_as_it_was != '').all() and (none.updates == 0).all()
@@ -98,8 +99,10 @@ def test_a_debate_killed_in_its_second_round_goes_on_where_it_stopped(tmp_path, 
     assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files'] # 4 + 4 chunks, one of them twice
 
 
-def test_core_is_what_its_record_draws(tmp_path):
-    record = experiment(Run('core', {}, root=tmp_path), MULTIAGENT_FT, small(transfer='arithmetic'), 'core', [0], 'dev')
+@pytest.mark.slow
+def test_core_is_what_its_record_draws(runs, tmp_path):
+    "test_papers.py runs the notebook with the same."
+    record = experiment(Run('core', {}, root=runs), MULTIAGENT_FT, small(transfer='arithmetic'), 'core', [0], 'dev')
     assert set(pd.read_parquet(record/'results.parquet').arm) == set(CORE)
     drawn = {p.name for p in redraw(record, tmp_path/'figures')}
     assert {'accuracy.png', 'readouts.png', 'diversity.png', 'claims.md', 'comparisons.md', 'results.md', 'cost.svg'} <= drawn

@@ -8,6 +8,9 @@ from dataclasses import fields, replace
 import pandas as pd
 import pytest
 
+import test_malt
+import test_mars_po
+import test_multiagent_ft
 from conftest import REPO, command
 from mapo.agents import CHECKPOINTS, Model
 from mapo.experiment import compute, experiment
@@ -27,30 +30,35 @@ ARMS = dict(
 PRESETS = {e.name: e.presets for e in (MARS_PO, MULTIAGENT_FT, MALT)}
 
 
-def real(name, folder, **settings):
-    "A real run of the smallest preset, and the plan of the same."
-    run = Run(name, dict(preset='smoke', arms=ARMS[name]), root=folder)
+def real(name, runs, **settings):
+    "A real run of the smallest preset, as small as the tests of its paper have it, and the plan of the same."
+    run = Run('planned', dict(name=name, arms=ARMS[name]), root=runs)
     e = PAPERS[name]
     s = e.settings('smoke', **settings)
     e.beyond(run, s, compute(run, e, s, ARMS[name], [0], 'dev'))
     return run, plan_paper(name, 'smoke', ARMS[name], **settings)
 
 
+def of(name): return pytest.mark.xdist_group(name) # beside the tests of the paper, whose stages it reuses
+
+
 @pytest.fixture(scope='module')
-def ran(tmp_path_factory): return real('mars_po', tmp_path_factory.mktemp('plan'), checkpoint_every=2)
+def ran(runs): return real('mars_po', runs, **test_mars_po.SMALL, checkpoint_every=2)
 
 
-@pytest.fixture(scope='module', params=['multiagent_ft', 'malt'])
-def talked(request, tmp_path_factory): return real(request.param, tmp_path_factory.mktemp(request.param), **dict(multiagent_ft=dict(transfer='')).get(request.param, {}))
+@pytest.fixture(scope='module', params=[pytest.param((name, small), id=name, marks=of(name)) for name, small in (('multiagent_ft', test_multiagent_ft.SMALL), ('malt', test_malt.SMALL))])
+def talked(request, runs): return real(request.param[0], runs, **request.param[1])
 
 
-def artifacts(run, kind): return [p for p in sorted(run.artifacts.glob(f'{kind}*')) if p.is_dir()]
+def artifacts(run, kind): return [p for p in sorted({run.artifacts/f"{s['stage']}-{s['key'][:16]}" for s in run.stages}) if p.name.startswith(kind)]
 
 
+@pytest.mark.slow
+@of('mars_po')
 def test_stages_are_those_of_a_run(ran):
     run, plan = ran
     assert Counter(s['stage'] for s in run.stages) == sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
-    assert Counter(p.name.rsplit('-', 1)[0] for p in run.artifacts.iterdir() if p.is_dir()) == Counter(p.stage for p in plan.planned.values())
+    assert Counter(p.name.rsplit('-', 1)[0] for p in artifacts(run, '')) == Counter(p.stage for p in plan.planned.values())
 
 
 @pytest.mark.parametrize('name', PAPERS)
@@ -63,6 +71,7 @@ def test_stages_are_those_of_the_experiment(name, monkeypatch):
     assert run.asked == plan.asked
 
 
+@pytest.mark.slow
 def test_conversations_are_those_of_a_run(talked):
     run, plan = talked
     made, planned = Counter(s['stage'] for s in run.stages), sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
@@ -81,6 +90,7 @@ def test_conversations_are_those_of_a_run(talked):
         assert sum(t[t['round'] == t['round'].max()].prompt_tokens.sum() for t in found if len(t)) <= said.prompts.sum()
 
 
+@pytest.mark.slow
 def test_lessons_are_those_of_a_run(talked):
     run, plan = talked
     logs = [json.loads((p/'log.json').read_text()) for p in artifacts(run, 'tune_')]
@@ -90,6 +100,8 @@ def test_lessons_are_those_of_a_run(talked):
     assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
 
 
+@pytest.mark.slow
+@of('mars_po')
 def test_answers_are_those_of_a_run(ran):
     run, plan = ran
     turns = pd.concat([pd.read_parquet(p/'turns.parquet') for p in artifacts(run, 'sample_')])
@@ -103,6 +115,8 @@ def test_answers_are_those_of_a_run(ran):
     assert plan.table[plan.table.stage == 'score_turns'].answers.sum() == sum(map(len, scores))
 
 
+@pytest.mark.slow
+@of('mars_po')
 def test_trainings_are_those_of_a_run(ran):
     run, plan = ran
     logs = [json.loads((p/'log.json').read_text()) | dict(stage=p.name.split('-')[0]) for p in artifacts(run, 'tune_')]

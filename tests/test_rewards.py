@@ -73,6 +73,13 @@ def test_a_tie_among_losers_is_no_tie():
     assert not vote(said.assign(answer=said.text), PROBLEMS).tie.any()
 
 
+def test_no_answer_is_favoured_in_a_tie():
+    said = example_turns({agent: {f'p{i}': [text] for i in range(400)} for agent, text in (('ada', '3'), ('bob', '5'))})
+    problems = pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(400)], question='?', answer='3', kind='number'))
+    votes = vote(said.assign(answer=said.text), problems)
+    assert votes.tie.all() and abs((votes.answer == '3').mean() - .5) < .09 # 3.5 standard errors
+
+
 def test_a_summarizer_does_not_vote():
     said = example_turns({'ada': {'p1': ['3']}, 'bob': {'p1': ['5']}, 'sum': {'p1': ['5']}})
     said['role'] = ['generator', 'generator', 'summarizer']

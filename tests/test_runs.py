@@ -1,12 +1,14 @@
 """Runs that are killed, run twice at once, or run out of disk."""
-import json, os, signal, subprocess, sys, time
+import json, os, sys, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import command
 from mapo.runs import Run, StaleCode, runs, stage, write_json
+from warm import Warm
 
 EXPERIMENT = """
 from mapo.experiment import experiment
@@ -17,23 +19,20 @@ print(experiment(Run('mars_po', dict(preset='smoke')), MARS_PO, settings, 'mars_
 """
 
 
-def start(root, code=EXPERIMENT, **env):
-    return subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(MAPO_RUNS=str(root), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1') | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(root, code=EXPERIMENT): return Warm(code, said=root/'said', MAPO_RUNS=root)
 
 
 def finish(process):
-    out,err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return err
+    code,said = process.wait()
+    assert code == 0, said
+    return said
 
 
 def kill_when(process, happened):
     "kill -9 the whole process group as soon as something is there."
-    while process.poll() is None and not happened(): time.sleep(.005)
+    while process.poll() is None and not happened(): time.sleep(.01)
     assert process.poll() is None, 'it ended before it could be killed'
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
 
 
 def contents(root):
@@ -41,38 +40,51 @@ def contents(root):
     return {p.parent.name: json.loads(p.read_text())['files'] for p in Path(root).glob('artifacts/*/manifest.json')}
 
 
+def made(said): return {line.split()[1] for line in said.splitlines() if ' done in ' in line}
+
+
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
+def root(tmp_path_factory):
     root = tmp_path_factory.mktemp('undisturbed')
     finish(start(root))
-    return contents(root)
+    return root
 
 
-@pytest.mark.parametrize('accident,happened', [
-    ('in the middle of sampling', lambda root: len([*root.glob('artifacts/sample_alone-*.partial/scratch/chunk-*.jsonl')]) >= 2),
-    ('in the middle of a training', lambda root: [*root.glob('artifacts/tune_dpo-*.partial/model/checkpoints/checkpoint-2/checksums.json')]),
-    ('between two trainings', lambda root: [p for p in root.glob('artifacts/tune_dpo-*/manifest.json') if p.parent.suffix != '.partial'])])
-def test_killed_and_started_again_the_bytes_are_those_of_an_undisturbed_run(accident, happened, undisturbed, tmp_path):
-    kill_when(start(tmp_path), lambda: happened(tmp_path))
-    before = contents(tmp_path)
-    said = finish(start(tmp_path))
+@pytest.fixture(scope='module')
+def undisturbed(root): return contents(root)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_the_bytes_are_those_of_an_undisturbed_run(undisturbed, tmp_path):
+    "Killed in the middle of sampling, started again, killed in the middle of a training, and between two trainings."
+    accidents = [lambda: len([*tmp_path.glob('artifacts/sample_alone-*.partial/scratch/chunk-*.jsonl')]) >= 2,
+                 lambda: [*tmp_path.glob('artifacts/tune_dpo-*.partial/model/checkpoints/checkpoint-2/checksums.json')],
+                 lambda: [p for p in tmp_path.glob('artifacts/tune_dpo-*/manifest.json') if p.parent.suffix != '.partial']]
+    finished = set()
+    for happened in accidents:
+        kill_when(process := start(tmp_path), happened)
+        assert not finished & made(process.said.read_text()), 'finished work was done twice'
+        finished = {*contents(tmp_path)}
+    assert not finished & made(finish(start(tmp_path))), 'finished work was done twice'
     assert contents(tmp_path) == undisturbed
-    log = ''.join(p.read_text() for p in tmp_path.glob('*/log.txt'))
-    for name in before: assert f'{name} reused' in log and f'{name} reused' not in said, 'finished work was done twice'
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run_share_the_work(undisturbed, tmp_path):
-    both = [start(tmp_path), start(tmp_path)]
+    both = [Warm(EXPERIMENT, said=tmp_path/name, MAPO_RUNS=tmp_path) for name in ('one', 'other')]
     said = [finish(p) for p in both]
     assert contents(tmp_path) == undisturbed
-    done = [line.split()[1] for text in said for line in text.splitlines() if ' done in ' in line]
-    assert sorted(done) == sorted(undisturbed), 'each stage is made by exactly one of them'
+    assert sorted(name for text in said for name in made(text)) == sorted(undisturbed), 'each stage is made by exactly one of them'
     assert any('another process is making' in text for text in said)
 
 
-def test_a_rerun_imports_no_torch(tmp_path):
-    finish(start(tmp_path))
-    finish(start(tmp_path, EXPERIMENT+"\nimport sys\nassert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'imported'"))
+@pytest.mark.slow
+def test_a_rerun_imports_no_torch(root, undisturbed):
+    "In a new interpreter."
+    code = EXPERIMENT+"\nimport sys\nassert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'imported'"
+    code,said = command(sys.executable, '-c', code, cwd=root, MAPO_RUNS=str(root))
+    assert code == 0, said
+    assert not made(said) and contents(root) == undisturbed
 
 
 @stage(version=1)

@@ -79,6 +79,7 @@ def asked(cluster, *words):
     return [line[len(words):] for line in lines if line[:len(words)] == [*words]]
 
 
+@pytest.mark.slow
 def test_the_page_from_top_to_bottom(cluster):
     "Install, download, plan, run, run again, results, the array and the job after it, locks."
     out, _ = bash('\n'.join(map(tiny, blocks())), cluster, 900)

@@ -17,6 +17,7 @@ from mapo.agents import Model
 from mapo.engines import RewardScorer, load_model, load_reward_model, new_reward_model, save_model
 from mapo.training import (DPO, SFT, PairTrainer, Reward, check_template, example_tokens, log_probabilities, pair_tokens,
                            reference_log_probabilities, reward_tokens, template_faults, train_dpo, train_reward, train_sft)
+from warm import Warm
 
 PLAIN = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<bot>{{ m['content'] }}{{ eos_token }}"
          "{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}")
@@ -274,8 +275,8 @@ training.train_dpo(initial, training.reference_log_probabilities(initial, pairs,
 def test_killed_and_resumed_is_the_undisturbed(initial, tmp_path, where, rank):
     pairs = make_pairs(11)
     pairs.to_parquet(tmp_path/'pairs.parquet')
-    killed = subprocess.run([sys.executable, '-c', KILLED, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed', where, str(rank)], capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    code,said = Warm(KILLED, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed', where, rank, said=tmp_path/'said').wait()
+    assert code == -9, said[-2000:]
     left = sorted(p.name for p in (tmp_path/'killed'/'checkpoints').iterdir())
     assert left == (['checkpoint-4'] if where == 'log' else ['checkpoint-4', 'checkpoint-8'])
     assert not (tmp_path/'killed'/'checkpoints'/'checkpoint-4'/'training_args.bin').exists()
@@ -437,8 +438,8 @@ training.train_reward(Model('initial', model), pd.read_parquet(pairs), training.
 
 def test_a_killed_reward_training_goes_on_to_the_same_bytes(initial, tmp_path):
     make_pairs(11).to_parquet(tmp_path/'pairs.parquet')
-    killed = subprocess.run([sys.executable, '-c', KILLED_REWARD, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed'], capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    code,said = Warm(KILLED_REWARD, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed', said=tmp_path/'said').wait()
+    assert code == -9, said[-2000:]
     assert [p.name for p in (tmp_path/'killed'/'checkpoints').iterdir()] == ['checkpoint-4']
     pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
     whole = train_reward(model, pairs, settings, tmp_path/'whole')

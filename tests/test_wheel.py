@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from conftest import command
+from warm import Warm
 
 AGENT = '''
 import mapo
@@ -31,7 +32,7 @@ def installed(copy, tmp_path):
 
 
 def test_wheel_runs_a_tiny_agent_and_the_command_line(installed, tmp_path):
-    code, output = command(sys.executable, '-c', f'HERE = {str(installed)!r}\n{AGENT}', cwd=tmp_path, PYTHONPATH=str(installed))
+    code, output = Warm(f'HERE = {str(installed)!r}\n{AGENT}', said=tmp_path/'said', cwd=tmp_path, PYTHONPATH=installed).wait()
     assert code == 0, output
     code, output = command(installed/'bin'/'mapo', 'run', '--help', cwd=tmp_path, PYTHONPATH=str(installed))
     assert code == 0 and 'preset' in output, output
