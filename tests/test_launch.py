@@ -5,6 +5,7 @@ run here on a CPU, with gloo: accelerate is told that the CPU is the accelerator
 """
 import os, signal, socket, subprocess, sys, threading, time
 from dataclasses import replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def agree(log, folder, whole, atol=2e-4):
     assert max((there[n]-here[n]).abs().max().item() for n in here) < atol and {w.dtype for w in there.values()} == {torch.float32}
 
 
+@pytest.fixture(scope='module')
+def undisturbed(table, tmp_path_factory):
+    "What one process makes of a kind of training from a model: the same for all strategies."
+    @lru_cache
+    def made(kind, model): return train(kind, model, table, tmp_path_factory.mktemp('whole')/kind, progress=False)
+    return made
+
+
 # each process works on the jobs in turn; an update that is named makes the training fall over, as far as a process group survives it
 RANKS = '''
 import os, sys
@@ -117,7 +126,7 @@ def strategy(name): return pytest.param(name, marks=pytest.mark.skipif(name == '
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [strategy(n) for n in ('ddp', 'fsdp', 'zero3')])
-def test_two_processes_compute_what_one_does(initial, untied, table, tmp_path, name, monkeypatch):
+def test_two_processes_compute_what_one_does(initial, untied, table, undisturbed, tmp_path, name, monkeypatch):
     "Every kind of training, whole, in passes, with adapters; and one that falls and goes on from its checkpoint."
     launch = Launch(name, 2)
     jobs = [job(kind, initial, table, tmp_path/kind, launch, monkeypatch) for kind in SETTINGS if (name, kind) != ('zero3', 'reward')]
@@ -130,8 +139,7 @@ def test_two_processes_compute_what_one_does(initial, untied, table, tmp_path, n
     assert done.returncode == 0, done.stderr[-5000:]
     for folder in (*jobs, *heads, falls):
         kind,_,other = folder.parent.name.replace('falls', 'sft').partition('-')
-        whole = train(kind, untied if other else initial, table, folder.parent/'whole', progress=False)
-        agree(training.pd.read_parquet(folder/'log.parquet'), folder.parent, whole)
+        agree(training.pd.read_parquet(folder/'log.parquet'), folder.parent, undisturbed(kind, untied if other else initial))
     assert not (tmp_path/'falls'/'checkpoints').exists()
     assert not [p for p in tmp_path.rglob('*') if p.suffix in ('.bin', '.pt', '.pth')]
 

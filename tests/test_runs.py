@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from conftest import command
+from mapo.agents import Model
 from mapo.runs import Run, StaleCode, runs, stage, write_json
 from warm import Warm
 
@@ -135,6 +136,18 @@ def test_another_library_version_is_another_key(tmp_path, monkeypatch):
     made = run.stage(numbers, n=3)
     monkeypatch.setitem(numbers.stage, 'library torch', '0.0')
     assert run.stage(numbers, n=3).key != made.key
+
+
+@stage(version=1)
+def asked_of(draft, *, model, n): draft.write('numbers', pd.DataFrame(dict(x=np.arange(n))))
+
+
+def test_other_weights_under_the_same_name_are_another_key(tmp_path):
+    run = Run('weights', {}, root=tmp_path)
+    made = run.stage(asked_of, model=Model('agent', 'tiny:products'), n=3)
+    assert run.stage(asked_of, model=Model('agent', 'tiny:products'), n=3) == made
+    assert run.stage(asked_of, model=Model('agent', 'tiny:borrows'), n=3).key != made.key
+    assert run.stage(asked_of, model=Model('agent', 'tiny:products'), n=4).key != made.key
 
 
 def test_the_record_says_how_to_repeat_the_run(tmp_path, monkeypatch):
