@@ -156,6 +156,7 @@ def _fraction(text):
         part = Fraction(int(top.strip('{}')), int(bottom.strip('{}')))
         return (-1 if whole[:1] == '-' else 1)*(int(whole.lstrip('+-') or 0) + part)
     top, slash, bottom = re.sub(r'[\\$€£,\s]', '', text.replace('−', '-')).partition('/')
+    if re.match('[-+]{2}', top): return None # `++1` is no plain number
     return None if slash and not bottom.strip('0') else Fraction(top)/int(bottom or 1)
 
 # %% ../nbs/api/01_answers.ipynb #f00b3996

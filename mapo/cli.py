@@ -341,10 +341,12 @@ def _tell(progress, events, board, now):
 
 
 # %% ../nbs/api/20_cli.ipynb #19c1a032
-def _stop(working): # Ctrl-C: end every process that was started here, and theirs; the names of what was at work
+def _children(): return set(psutil.Process().children(recursive=True))
+
+def _stop(working, others): # Ctrl-C: end every process that was started here, and theirs; the names of what was at work
     begun = [name for name, future in working.items() if not future.cancel() and not future.done()]
     while not all(future.done() for future in working.values()):
-        for child in psutil.Process().children(recursive=True):
+        for child in _children()-others:
             with contextlib.suppress(psutil.NoSuchProcess): child.kill()
         wait(working.values(), timeout=.2)
     return begun
@@ -390,6 +392,7 @@ def _work(steps): return sum(step.tokens*_PACE.get(_kind(step.stage), 1.) for st
 
 def _side_by_side(values, fresh, processes, env, board): # in the order of `values`, as processes become free
     with tempfile.TemporaryDirectory() as folder, _quiet(), ThreadPoolExecutor(processes) as pool:
+        others = _children() # of whoever called
         paths = {name: Path(folder, str(i)) for i, name in enumerate(values)}
         for path in paths.values(): path.touch()
         def start(name):
@@ -398,7 +401,7 @@ def _side_by_side(values, fresh, processes, env, board): # in the order of `valu
         working = {name: start(name) for name in values}
         try: _watch(working, board, {name: _told(path) for name, path in paths.items()})
         except KeyboardInterrupt:
-            for name in _stop(working): Run(_stem(name), values[name]).mark('stopped')
+            for name in _stop(working, others): Run(_stem(name), values[name]).mark('stopped')
             raise
         finally: board.close()
         return {p.name: working[p.name].exception() or working[p.name].result() for p in board.shown}

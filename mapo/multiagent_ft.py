@@ -353,8 +353,8 @@ def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artif
     said = said.assign(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1])
     found = asked.merge(said[['first', 'second', 'answer']].rename(columns=dict(answer='said')), on=['first', 'second'])
     columns = ['answer', 'answer_other', 'said'] # in one writing
-    written = canonical_answers(found.melt('problem_id', columns, value_name='answer'), table)
-    found[columns] = written.to_numpy(object).reshape(3, -1).T
+    together = pd.concat([found[['problem_id', name]].set_axis(['problem_id', 'answer'], axis=1) for name in columns], ignore_index=True)
+    found[columns] = canonical_answers(together, table).to_numpy(object).reshape(3, -1).T
     found['verdict'] = found['first'].where(found['said'] == found['answer'], found['second'].where(found['said'] == found['answer_other'], None))
     won = preferences(found)
     first = turns.read('turns')

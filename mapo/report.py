@@ -1038,13 +1038,13 @@ def save_record(
 def save_tables(
     folder, # of a record
     tables:dict, # file name -> table or None; `.csv` for what a person may read, `.parquet` for long texts and lists
-    empty:bool=False, # also write tables without rows
+    empty:bool=False, # also write CSV files without rows
 ):
-    "Write the further tables of a record, those that have rows."
+    "Write the further tables of a record: Parquet always, CSV if it has rows."
     for name, table in tables.items():
-        if table is None or not (empty or len(table)): continue
+        table = pd.DataFrame() if table is None and name.endswith('.parquet') else table
         if name.endswith('.parquet'): pq.write_table(to_arrow(table), Path(folder)/name, compression='zstd')
-        else: table.sort_values(list(table.columns)).to_csv(Path(folder)/name, index=False, float_format='%.10g', lineterminator='\n')
+        elif table is not None and (empty or len(table)): table.sort_values(list(table.columns)).to_csv(Path(folder)/name, index=False, float_format='%.10g', lineterminator='\n')
 
 def load_record(
     folder, # figures/record/PAPER

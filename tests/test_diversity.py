@@ -5,6 +5,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,6 +14,7 @@ from mapo.agents import Agent, Model, Team
 from mapo.diversity import (DIVERSITY_COLUMNS, consensus, embedding_dissimilarity, kl_between, mean_interval, nll_among, nll_under, over_problems,
                             response_tokens, sentence_encoder)
 from mapo.engines import Sampling, TransformersEngine, load_model, save_model
+from mapo.pairs import to_arrow
 from mapo.problems import arithmetic
 from mapo.rewards import example_turns
 from mapo.sampling import Engines, ask_alone, sample_turns
@@ -158,7 +160,7 @@ def test_hostile_texts_have_numbers(spoken, text):
 
 def test_tables_survive_parquet(spoken, tmp_path):
     contexts, turns = spoken
-    for name, table in (('contexts', contexts), ('turns', turns)): table.to_parquet(tmp_path/f'{name}.parquet', index=False)
+    for name, table in (('contexts', contexts), ('turns', turns)): pq.write_table(to_arrow(table), tmp_path/f'{name}.parquet')
     again = [pd.read_parquet(tmp_path/f'{name}.parquet') for name in ('turns', 'contexts')]
     values = nll_under(CARRIES, turns, contexts)
     assert list(values) == DIVERSITY_COLUMNS and values.equals(nll_under(CARRIES, *again))

@@ -115,7 +115,8 @@ def test_every_command_of_mapo_is_one_that_there_is(cluster):
     assert {line.split()[1] for line in said} == {'plan', 'run', 'runs'}
     for line in said - {'mapo runs'}:
         args = _parser().parse_args(shlex.split(line)[1:])
-        assert checked(args.experiment, _given(args))['preset'] == 'paper'
+        names = [args.experiment] if isinstance(args.experiment, str) else args.experiment
+        assert all(checked(name, _given(args))['preset'] == 'paper' for name in names)
     array = next(b for b in blocks() if 'SETTINGS=' in b)
     assert re.search(r'SETTINGS="(.*)"', array)[1] in next(iter(line for line in said if ' run ' in line)), 'the array is told something else than the machine'
 
