@@ -12,6 +12,7 @@ from pathlib import Path
 AGENTS, SAMPLES = ['ada', 'bob', 'cid'], 8
 LIMITS = dict(cpu=10, gb=4) # of a million turns, from the project's plan
 REPEATED = .1 # share of turns whose text the same agent has given before
+TOKENS = 300 # of a turn
 
 
 def generate(folder, n):
@@ -38,7 +39,9 @@ def generate(folder, n):
             turn_id=ids, context_id=contexts, problem_id=[f'p{p:07d}' for p in problem], split=['train']*len(i), purpose=['train']*len(i),
             iteration=np.ones(len(i), int), round=np.zeros(len(i), int), seat=agent, agent=name, role=['generator']*len(i), sample=sample,
             parent_ids=pa.array([[]]*len(i), pa.list_(pa.string())), text=text, finish_reason=np.where(i % 50, 'stop', 'length'),
-            prompt_tokens=i*0+60, completion_tokens=i*0+300, seed=i, sampling_key=['t1']*len(i), model_key=[f'{a}-0123456789ab' for a in name])))
+            prompt_tokens=i*0+60, completion_tokens=i*0+TOKENS, seed=i,
+            sampling_key=['t1']*len(i), model_key=[f'{a}-0123456789ab' for a in name],
+            tokens=tokens(rng, len(i)), tokenizer=['0123456789abcdef']*len(i))))
         value = (words*2654435761 >> 7) % 2
         for score, values, label in (('correct', value.astype(float), None), ('answer', value*np.nan, '42')):
             write('scores', pa.table(dict(turn_id=ids, name=[score]*len(i), value=values, label=pa.array([label]*len(i), pa.string()), scorer_key=['gold-1']*len(i))))
@@ -46,6 +49,13 @@ def generate(folder, n):
         asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])] for j, c in zip(i[first], np.array(contexts)[first])]
         write('contexts', pa.table(dict(context_id=np.array(contexts)[first], messages=pa.array(asked, MESSAGES))))
     for writer in writers.values(): writer.close()
+
+
+def tokens(rng, n):
+    "The ids that `n` turns were sampled as."
+    import numpy as np, pyarrow as pa
+    ids = rng.integers(0, 128_000, n*TOKENS, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(np.arange(0, n*TOKENS+1, TOKENS, dtype=np.int32)), pa.array(ids))
 
 
 def measure(folder, each):
@@ -101,7 +111,8 @@ def report(rows, command, read_by):
     lines = ['# From scored turns to pairs', '',
              f'`{command}`', '',
              f'Mars-PO pairs (everybody\'s right answers x own wrong ones) for three agents: 2 x 2 answers and 4 pairs a problem, as the experiment takes; last line: 4 x 4 and 8 pairs. {SAMPLES} answers a problem and agent, ' 
-             f'with texts of 907 to 1,093 bytes, {REPEATED:.0%} of them repeated. CPU-seconds of all threads, in a fresh process per size.', '',
+             f'with texts of 907 to 1,093 bytes and the ids of {TOKENS} tokens, '
+             f'{REPEATED:.0%} of them repeated. CPU-seconds of all threads, in a fresh process per size.', '',
              '| turns | pairs | join scores | read texts once | build pairs | **beyond I/O** | of it in the kernel | x a tenth of the turns | read | write | peak memory |',
              '|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|']
     for previous, r in zip([None, *rows], rows):

@@ -18,7 +18,8 @@ from scipy.stats import chi2_contingency
 
 from mapo import runs, vllm
 from mapo.agents import Model
-from mapo.engines import Request, RewardScorer, Sampling, TransformersEngine, conversation_ids, load_model, load_tokenizer, new_reward_model, save_model
+from mapo.engines import (Request, RewardScorer, Sampling, TransformersEngine, conversation_ids, load_model,
+                          load_tokenizer, new_reward_model, save_model, _truncated)
 from mapo.methods import Compute, Serving
 from mapo.runs import vllm_version
 from mapo.vllm import EngineDied, VLLMEngine, VLLMScorer
@@ -177,6 +178,51 @@ def test_the_same_request_the_same_answer(engine):
     assert texts(engine, requests[::-1])[::-1] == together
     assert texts(engine, [replace(requests[3], n=6)])[0][:2] == together[3]
     assert len({t for [t, _] in together} | {t for [_, t] in together}) > 60
+
+
+@real
+def test_what_was_sampled_comes_back_and_means_the_same_to_transformers(engine, own):
+    "Ids and text belong together, whoever drew them; greedy ids are those of transformers where the texts are."
+    greedy = Sampling(temperature=0, max_tokens=64)
+    ours,theirs = ([cs[0] for cs in e.generate(QUESTIONS[:40], greedy)] for e in (own, engine))
+    for c in theirs: assert own._chat.heard(c.tokens)[1] == c.text and len(c.tokens) == c.completion_tokens
+    assert {c.tokenizer for c in theirs} == {c.tokenizer for c in ours} == {own._chat.key}
+    assert all(a.tokens == b.tokens for a, b in zip(ours, theirs) if a.text == b.text)
+
+
+@real
+def test_an_answer_stops_where_it_is_told(engine):
+    requests = [replace(q, n=2) for q in QUESTIONS[:20]]
+    said = lambda **how: [c for cs in engine.generate(requests, Sampling(max_tokens=64, **how)) for c in cs]
+    whole,cut = said(),said(stop=('####', ';1'))
+    for a, b in zip(whole, cut):
+        ends = [a.text.find(s) for s in ('####', ';1') if s in a.text]
+        assert b.text == (a.text[:min(ends)] if ends else a.text).strip() and a.tokens[:len(b.tokens)] == b.tokens
+        assert b.finish_reason == ('stop' if ends else a.finish_reason)
+    assert any(len(b.tokens) < len(a.tokens) for a, b in zip(whole, cut))
+
+
+@real
+@pytest.mark.parametrize('how', [dict(), dict(temperature=0), dict(temperature=.7, top_p=.9), dict(top_k=3, min_p=.01)])
+def test_log_probabilities_are_those_of_the_draw(engine, own, how):
+    "Temperature and limits included, as transformers counts them."
+    net,_ = load_model(BASE, 'cpu')
+    for request in QUESTIONS[:10]:
+        [[c]] = engine.generate([request], Sampling(max_tokens=64, log_probabilities=True, **how))
+        prompt = own._prompts([request.messages])[0]
+        with torch.no_grad(): logits = net(torch.tensor([prompt+list(c.tokens)])).logits[0, len(prompt)-1:-1].double()
+        p = _truncated((logits/(how.get('temperature', 1) or 1)).softmax(-1), Sampling(**how))
+        expected = (p/p.sum(-1, keepdim=True)).log()[range(len(c.tokens)), list(c.tokens)]
+        assert np.allclose(c.log_probabilities, expected, atol=1e-3)
+
+
+@real
+@pytest.mark.parametrize('how', [dict(top_k=3), dict(min_p=.1), dict(repetition_penalty=1.2)])
+def test_other_limits_draw_alike(engine, own, how):
+    drawn = lambda by, seed, **more: texts(by, [ask('3+4*5-2*2', seed, 1000)], **(how | more))[0]
+    ours = drawn(own, 10**6, temperature=1.5)
+    assert differences(drawn(engine, 7, temperature=1.5), ours) > .001/3
+    assert differences(drawn(engine, 8, temperature=3.), ours) < .001
 
 
 @real
