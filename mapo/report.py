@@ -56,11 +56,14 @@ palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']
 def know_arms(
     drawn:list, # of dicts with `name`, and `label`, `color` and `marker` as far as an experiment gives them; in the order of tables
 ):
-    "Remember how an experiment calls and draws its arms, before all that are known; `load_record` does so from the manifest."
+    "Remember how an experiment calls and draws its arms, in their order; `load_record` does so from the manifest."
     new = {a['name']: tuple(a.get(what, '') for what in ('label', 'color', 'marker')) for a in drawn if a.get('label')}
-    old = {name: how for name, how in arms.items() if name not in new}
+    known,names,place = arms | new,list(arms),0
+    for name in new: # behind the one that it follows in its experiment
+        if name not in names: names.insert(place, name)
+        place = names.index(name)+1
     arms.clear()
-    arms.update(new | old)
+    arms.update({name: known[name] for name in names})
 
 def arm_label(
     arm:str, # an arm's name, or what else `part` of evaluation understands
