@@ -1,10 +1,13 @@
 "What all tests share: no network, one thread, one run root, a copy of the repository to work in, and work that is done once."
 import gc
+import json
 import os
+import signal
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ for name, value in {'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false', '
 if not WORKER: os.environ['MAPO_TESTS'] = tempfile.mkdtemp(prefix='mapo-tests-')
 SESSION = Path(os.environ['MAPO_TESTS']) # of all workers, fresh for each session
 os.environ['MAPO_RUNS'] = str(SESSION/'runs')
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell starts what runs in the background without it, and tests interrupt
 
 
 def pytest_sessionfinish():
@@ -40,7 +44,21 @@ def pytest_collection_modifyitems(items):
     "One worker takes a file's tests, or those that are marked as a group: what they share is made once."
     for item in items:
         if not item.get_closest_marker('xdist_group'): item.add_marker(pytest.mark.xdist_group(item.path.stem.removeprefix('test_')))
-    if WORKER: items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+    if not WORKER: return
+    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+    (SESSION/f'groups-{WORKER}.json').write_text(json.dumps({item.nodeid: group(item) for item in items}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A worker takes a group. What xdist 3.8 does itself for `loadgroup` has no effect under pytest 9.2, which no longer reads the attribute that it sets."
+    if config.getvalue('dist') != 'loadgroup': return None
+    from xdist.scheduler import LoadScopeScheduling
+    class Groups(LoadScopeScheduling):
+        @cached_property
+        def known(self): return json.loads(next(SESSION.glob('groups-*.json')).read_text())
+        def _split_scope(self, nodeid): return self.known[nodeid]
+    return Groups(config, log)
 
 
 def pytest_runtest_setup():

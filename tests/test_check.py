@@ -36,7 +36,7 @@ def test_a_change_is_checked_by_what_it_touches(path, tests): assert check.chose
 
 
 def test_a_module_without_tests_of_its_own_is_checked_by_those_that_import_it():
-    assert not (REPO/'tests'/'test_experiment.py').exists() and 'test_mars_po.py' in [p.name for p in check.tests_of('experiment')]
+    assert not (REPO/'tests'/'test_agents.py').exists() and 'test_engines.py' in [p.name for p in check.tests_of('agents')]
     assert [p.name for p in check.tests_of('pairs')] == ['test_pairs.py']
 
 

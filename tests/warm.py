@@ -33,7 +33,7 @@ class Warm:
         self.said.write_text('')
         self.ended.unlink(missing_ok=True)
         job = dict(code=code, argv=[*map(str, argv)], cwd=str(cwd or Path.cwd()), env=os.environ | {k: str(v) for k, v in env.items()}, said=str(said))
-        if Warm.server is None: start()
+        if Warm.server is None or Warm.server.poll() is not None: start() # a test may have ended all that this process had started
         Warm.server.stdin.write(json.dumps(job)+'\n')
         Warm.server.stdin.flush()
         self.pid = int(Warm.server.stdout.readline())
