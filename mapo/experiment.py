@@ -346,7 +346,7 @@ def gathered(
     "One table of what all learners learnt from, what was left out, or how their trainings went."
     found = [(step, f) for step in steps for f in step.fits if objective in ('', f.objective) and f.objective != 'reward' and (table == 'counts' or f.training)]
     tables = [(f.training if table == 'log' else f.data).read(table).assign(**step.at(), agent=f.learner, method=f.objective) for step, f in found]
-    return pd.concat(tables or [pd.DataFrame(columns=['arm', 'seed', 'iteration', 'agent', 'method'])], ignore_index=True)
+    return pd.concat(tables or [pd.DataFrame(columns=['arm', 'seed', 'iteration', 'agent', 'method', 'part', 'fate', 'count'])], ignore_index=True)
 
 def training_curves(
     steps:list, # of `compute`
