@@ -253,7 +253,7 @@ def test_a_corrected_record_keeps_its_results_and_says_what_was_wrong(record, tm
 @pytest.fixture(scope='module')
 def everything():
     "All arms of the recorded run of Mars-PO: two teams, and an arm of one iteration."
-    mars, rng, one, two = list(arms)[:17], np.random.default_rng(0), dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
+    mars, rng, one, two = [a.name for a in MARS_PO.arms][:17], np.random.default_rng(0), dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
     grow = lambda agents, by: {a: p + by for a, p in agents.items()}
     rows = []
     for arm in mars:
