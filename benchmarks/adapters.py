@@ -104,13 +104,13 @@ def train(way, folder, path, agents, rank):
     import torch
     import pandas as pd
     from mapo.agents import Model
-    from mapo.training import SFT, train_sft
+    from mapo.training import SFT, train
     examples = pd.DataFrame([dict(prompt=list(r.messages), completion=[dict(role='assistant', content='That is easily said: '*4 + str(r.seed))]) for r in requests()])
     settings = SFT(batch_size=4, micro_batch_size=1, updates=3, learning_rate=1e-5, lora_rank=0 if way == 'full' else rank)
     torch.ones(64, 64) @ torch.ones(64, 64)
     before,at_first,after,start = private(),resident(),[],time.perf_counter()
     for i in range(agents if way == 'adapters' else 1):
-        train_sft(Model(f'agent-{i}', path), examples, settings, folder/f'trained-{way}-{i}', progress=False)
+        train(Model(f'agent-{i}', path), examples, settings, folder/f'trained-{way}-{i}', progress=False)
         after.append(private()-before)
     print(json.dumps(dict(imports=before, first=after[0], last=after[-1], peak=peak()-at_first, seconds=(time.perf_counter()-start)/len(after))))
 

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from mapo.agents import Model
 from mapo.engines import load_model, save_model
-from mapo.training import DPO, _quiet, reference_log_probabilities, train_dpo
+from mapo.training import DPO, _quiet, reference_log_probabilities, train
 
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}<bot>{{ m['content'] }}{{ eos_token }}"
             "{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}")
@@ -59,7 +59,7 @@ def plain_trl(model, pairs, settings, folder, precompute, **loss):
 
 
 def ours(model, pairs, settings, folder, cached):
-    train_dpo(model, reference_log_probabilities(model, pairs, settings) if cached else model, pairs, settings, folder, progress=False)
+    train(model, pairs, settings, folder, reference_log_probabilities(model, pairs, settings) if cached else model, progress=False)
 
 
 def with_loop_time(way):

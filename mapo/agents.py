@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'BREAK', 'MARKS', 'THINK', 'QUOTED', 'printable', 'escape', 'Model', 'model_folder', 'file_hash',
-           'fingerprint', 'model_key', 'broken', 'any_of', 'Role', 'Agent', 'Team']
+           'fingerprint', 'model_key', 'broken', 'any_of', 'Role', 'Agent', 'Team', 'Sampling']
 
 # %% ../nbs/api/02_agents.ipynb #4aff9d4a
 import hashlib, json, re, string, unicodedata
@@ -222,3 +222,28 @@ class Team:
         cells = lambda tag, row: ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in row)
         rows = ''.join(f"<tr>{cells('td', row)}</tr>" for row in self.table().itertuples(index=False))
         return f"<b>{escape(self.name)}</b><table><tr>{cells('th', self.table().columns)}</tr>{rows}</table>"
+
+# %% ../nbs/api/02_agents.ipynb #f3f5381d
+@dataclass(frozen=True)
+class Sampling:
+    "How to draw from a model."
+    temperature:float=1.0 # 0 is greedy
+    top_p:float=1.0       # nucleus: the smallest set of tokens with at least this probability
+    max_tokens:int=256    # tokens after which an answer is cut off
+    top_k:int=0           # so many of the likeliest tokens may be drawn; 0 for all
+    min_p:float=0.0       # least probability of a token that may be drawn, as a share of the likeliest one's
+    repetition_penalty:float=1.0 # CTRL: divides the logits of tokens in context or answer (multiplies negative ones)
+    stop:tuple=()         # texts at which an answer ends; they are no part of it
+    log_probabilities:bool=False # keep how likely each token was when it was drawn
+
+    def __post_init__(self):
+        object.__setattr__(self, 'stop', (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not self.temperature >= 0: raise ValueError(f'temperature must be 0 or more, not {self.temperature}')
+        if not 0 < self.top_p <= 1: raise ValueError(f'top_p must be in (0, 1], not {self.top_p}')
+        if not self.max_tokens >= 1: raise ValueError(f'max_tokens must be at least 1, not {self.max_tokens}')
+        if not self.top_k >= 0: raise ValueError(f'top_k must be 0 (for all) or more, not {self.top_k}')
+        if not 0 <= self.min_p <= 1: raise ValueError(f'min_p must be in [0, 1], not {self.min_p}')
+        if not self.repetition_penalty > 0: raise ValueError(
+            f'repetition_penalty must be above 0, not {self.repetition_penalty}')
+        if not all(isinstance(s, str) and s for s in self.stop): raise ValueError(
+            f'stop must hold texts that are not empty, not {self.stop}')

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'EMPTY', 'RIGHT', 'MESSAGES', 'CRITIC_TURNS', 'Selection', 'Built', 'keep', 'ledger', 'hash_texts', 'hashed',
            'distinct', 'winners', 'losers', 'own_contexts', 'cross', 'take_texts', 'hybrid_pairs', 'own_pairs',
            'pooled_pairs', 'bare_questions', 'reward_pairs', 'teach', 'hybrid_positives', 'own_positives', 'as_sampled',
-           'with_mistakes', 'corrected_and_kept', 'label_values', 'to_arrow']
+           'with_mistakes', 'corrected_and_kept', 'label_values', 'value_turns', 'to_arrow']
 
 # %% ../nbs/api/06_pairs.ipynb #af15d638
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .rewards import answering, bare_question, check_turns, problem_facts, seeded_draw
+from .rewards import (answering, bare_question, check_turns, problem_facts, propagate, score_rows,
+                          seeded_draw)
 from .sampling import PER_TOKEN
 
 # %% ../nbs/api/06_pairs.ipynb #bda8bad1
@@ -504,6 +505,18 @@ def label_values(
     check_turns(turns, 'value', mixed=True)
     high,low = turns['value'] > round(threshold + gap/2, 9),turns['value'] <= round(threshold - gap/2, 9)
     return turns.assign(positive=np.select([high, low], [1., 0.], np.nan))
+
+# %% ../nbs/api/06_pairs.ipynb #add81a18
+def value_turns(
+    turns:pd.DataFrame,  # trees, with `correct` on the leaves
+    last:int=None,       # the round of the leaves; None for the last that there is
+    threshold:float=0.5, # as for `label_values`
+    gap:float=0.,        # likewise
+)->pd.DataFrame: # scores: `value` and `positive` of every turn
+    "Credit every turn with the mean of its children, and call it positive or negative."
+    valued = label_values(propagate(turns, last), threshold, gap)
+    rows = [score_rows(valued, name, 'tree-1', value=valued[name]) for name in ('value', 'positive')]
+    return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/api/06_pairs.ipynb #def11bc3
 def to_arrow(

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'NO_ANSWERS', 'READ', 'GOLD', 'MAJORITY', 'score_rows', 'example_turns', 'check_turns', 'answering',
            'read_answers', 'problem_facts', 'grade', 'with_scores', 'seeded_draw', 'vote', 'canonical_answers',
-           'agrees', 'unread_share', 'propagate', 'parent_rows', 'example_tree', 'Tree', 'show_tree', 'flip_labels',
-           'bare_question', 'reward', 'concordance', 'order_among_right', 'reward_table']
+           'agrees', 'unread_share', 'Majority', 'majority', 'propagate', 'parent_rows', 'example_tree', 'Tree',
+           'show_tree', 'flip_labels', 'judge_turns', 'bare_question', 'reward', 'concordance', 'order_among_right',
+           'reward_table']
 
 # %% ../nbs/api/05_rewards.ipynb #c370e695
 from contextlib import nullcontext
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -212,6 +215,24 @@ def unread_share(
     check_turns(turns, 'answer', *(by or ['agent']), mixed=True)
     return turns['answer'].isna().groupby([turns[column] for column in by or ['agent']]).mean().rename('unread')
 
+# %% ../nbs/api/05_rewards.ipynb #d7f61272
+class Majority(NamedTuple):
+    "What a team agrees on, and who agrees."
+    votes:pd.DataFrame  # as `vote` counts them
+    scores:pd.DataFrame # `answer` and `agrees`
+
+def majority(
+    turns:pd.DataFrame,    # of one split and iteration
+    problems:pd.DataFrame, # for the `kind` of their answers
+    seed:int=0,            # of the draw between equals
+)->Majority:
+    "Read the answers, vote on them round by round, and compare each with the last vote."
+    kinds = problems[['problem_id', 'kind']]
+    answers = read_answers(turns, kinds)
+    said = with_scores(turns, answers, 'answer')
+    votes = vote(said, kinds, seed)
+    return Majority(votes, pd.concat([answers, agrees(said, votes, kinds)], ignore_index=True))
+
 # %% ../nbs/api/05_rewards.ipynb #8bf1f96d
 def propagate(
     turns:pd.DataFrame, # trees: `turn_id, parent_ids, problem_id, round, text`, and `correct` on the leaves
@@ -335,6 +356,21 @@ def flip_labels(
     if not rows['value'].isin([0, 1]).all(): raise ValueError(f'score {name!r} is not 0 or 1 everywhere: only labels can be flipped')
     turned = seeded_draw(rows['turn_id'], seed).argsort().argsort() < round(share*len(rows))
     return score_rows(rows, flipped, f'flip-{share:g}-{seed}', value=np.where(turned, 1 - rows['value'], rows['value']))
+
+# %% ../nbs/api/05_rewards.ipynb #b99bc1bf
+def judge_turns(
+    turns:pd.DataFrame,    # whose texts are judged
+    problems:pd.DataFrame, # with everything that the judge looks at
+    judge:Callable,        # from a problem (a row, by attribute) and a text to a number
+    name:str='correct',    # of the score
+)->pd.DataFrame: # scores of every turn but summaries; a `correct` brings the `answer` with it
+    "Score every answer by a function."
+    said = turns[answering(turns)]
+    asked = {row.problem_id: row for row in problems.itertuples(index=False)}
+    value = [float(judge(asked[p], text or '')) for p, text in zip(said['problem_id'], said['text'])]
+    scores = [score_rows(said, name, judge.__qualname__, value=np.array(value))]
+    if name == 'correct': scores.insert(0, read_answers(said, problems[['problem_id', 'kind']]))
+    return pd.concat(scores, ignore_index=True)
 
 # %% ../nbs/api/05_rewards.ipynb #0df41b3d
 def bare_question(

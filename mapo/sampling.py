@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTEXT_COLUMNS', 'TURN_COLUMNS', 'MORE_COLUMNS', 'PER_TOKEN', 'CUT_COLUMNS', 'content_hash', 'context_id',
            'request_seed', 'Ask', 'ask_alone', 'plan_chunks', 'Engines', 'sampling_key', 'answer_chunk', 'in_arrow',
-           'sample_turns', 'contexts_of', 'Transcript', 'transcript', 'conversation', 'Said', 'sample_rounds', 'fit',
-           'ask_critics', 'ask_summaries', 'ask_judges', 'debate', 'ask_under', 'sample_tree']
+           'sample_turns', 'contexts_of', 'Transcript', 'transcript', 'conversation', 'Said', 'sample_rounds',
+           'sample_alone', 'fit', 'ask_critics', 'ask_summaries', 'ask_judges', 'debate', 'ask_under', 'sample_tree']
 
 # %% ../nbs/api/04_sampling.ipynb #cf550c8a
 import gc, hashlib, json
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pandas as pd
 import pyarrow as pa
 
-from .agents import Agent, Model, Team, escape, printable
+from .agents import Agent, Model, Sampling, Team, escape, printable
 
 # %% ../nbs/api/04_sampling.ipynb #0a1874cb
 CONTEXT_COLUMNS = ['context_id', 'messages']
@@ -146,7 +146,7 @@ class Engines:
 
 # %% ../nbs/api/04_sampling.ipynb #4462e0b5
 def sampling_key(
-    sampling, # a `mapo.engines.Sampling`
+    sampling:Sampling,     # how
 )->str: # printable
     "How a turn was drawn, as text."
     more = dict(k=sampling.top_k, n=sampling.min_p, r=sampling.repetition_penalty-1 and sampling.repetition_penalty)
@@ -158,7 +158,7 @@ def sampling_key(
 def answer_chunk(
     chunk:list[Ask],  # of one model
     engines:Engines,  # or any function from a model to its engine
-    sampling,         # a `mapo.engines.Sampling`
+    sampling:Sampling, # how
 )->pd.DataFrame: # turns, a row per answer
     "Ask the engine, and put its answers in their places."
     from mapo.engines import Request
@@ -191,7 +191,7 @@ def in_arrow(
 def sample_turns(
     asks:list[Ask],   # of one round
     engines:Engines,  # or any function from a model to its engine
-    sampling,         # a `mapo.engines.Sampling`
+    sampling:Sampling, # how
     answers:int=2048, # answers in a chunk
     map_chunks:Callable[[Callable,list],Iterable[pd.DataFrame]]=map, # maps a function over the chunks, in order
 )->tuple[pd.DataFrame,pd.DataFrame]: # contexts and turns
@@ -266,7 +266,7 @@ CUT_COLUMNS = ['problem_id', 'round', 'seat', 'role', 'cut', 'asked']
 def sample_rounds(
     rounds:list,      # functions from (contexts, turns) so far to a list of `Ask`s
     engines:Engines,  # or any function from a model to its engine
-    sampling,         # a `mapo.engines.Sampling`
+    sampling:Sampling, # how
     answers:int=2048, # answers in a chunk
     map_chunks:Callable=map, # as in `sample_turns`
 )->Said:
@@ -288,11 +288,28 @@ def _unwatched(): # asks hold no cycles; Python's collector would walk over all 
         gc.freeze()
         gc.enable()
 
+# %% ../nbs/api/04_sampling.ipynb #9450c87e
+def sample_alone(
+    problems:pd.DataFrame, # as `mapo.problems` makes them
+    team:Team,             # who is asked
+    n:int,                 # samples of each agent and problem
+    engines:Engines,       # or any function from a model to its engine
+    sampling:Sampling,     # how
+    purpose:str,           # 'train', 'evaluate', ...
+    iteration:int=0,
+    seed:int=0,            # of the run
+    answers:int=2048,      # answers in a chunk
+    map_chunks:Callable=map, # as in `sample_turns`
+)->Said:
+    "Every agent answers every problem, alone."
+    first = lambda *_: ask_alone(problems, team, n, purpose, iteration, seed)
+    return sample_rounds([first], engines, sampling, answers, map_chunks)
+
 # %% ../nbs/api/04_sampling.ipynb #943ae0d5
 def fit(
     asks:list[Ask],  # of one round
     engines:Engines, # or any function from a model to its engine
-    sampling,        # a `mapo.engines.Sampling`
+    sampling:Sampling, # how
 )->tuple[list[Ask],pd.DataFrame]: # the asks, and a row of `CUT_COLUMNS` for each that was shortened or dropped
     "Shorten contexts until they leave room for an answer."
     fitted,by_model = list(asks),{}
@@ -401,7 +418,7 @@ def debate(
     summarizer:Agent,      # sums up the others' answers; None pastes them
     rounds:int,            # M, 1 or more; with 1 nobody sees anything
     engines:Engines,       # or any function from a model to its engine
-    sampling,              # a `mapo.engines.Sampling`
+    sampling:Sampling,     # how
     purpose:str,           # 'train', 'evaluate', ...
     iteration:int=0,
     seed:int=0,            # of the run
@@ -439,7 +456,7 @@ def sample_tree(
     team:Team,             # the chain of roles, first to last
     branching:tuple,       # samples of each role under each turn of the one above it
     engines:Engines,       # or any function from a model to its engine
-    sampling,              # a `mapo.engines.Sampling`
+    sampling:Sampling,     # how
     purpose:str,           # 'train', 'evaluate', ...
     iteration:int=0,
     seed:int=0,            # of the run

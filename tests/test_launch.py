@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from mapo import training
 from mapo.agents import Model
 from mapo.engines import load_model, save_model
-from mapo.training import DPO, LAUNCH, SFT, Launch, Reward, check_launch, reference_log_probabilities, train_dpo, train_reward, train_sft
+from mapo.training import DPO, LAUNCH, SFT, Launch, Reward, check_launch, reference_log_probabilities, train
 from test_training import make_pairs, random_model
 from warm import Warm
 
@@ -50,9 +50,9 @@ def untied(initial, tmp_path_factory):
 def train(name, initial, table, folder, settings=None, **how):
     "Rows of very unequal lengths: a mean over tokens is no mean of the processes' means."
     settings,pairs = settings or SETTINGS[name],make_pairs(11)
-    if name.startswith('sft'): return train_sft(initial, pairs.rename(columns={'chosen': 'completion'}), settings, folder, **how)
-    if name.startswith('dpo'): return train_dpo(initial, table, pairs, settings, folder, **how)
-    return train_reward(initial, pairs, settings, folder, **how)
+    if name.startswith('sft'): return train(initial, pairs.rename(columns={'chosen': 'completion'}), settings, folder, **how)
+    if name.startswith('dpo'): return train(initial, pairs, settings, folder, table, **how)
+    return train(initial, pairs, settings, folder, **how)
 
 
 def job(name, initial, table, folder, launch, monkeypatch, **how):
@@ -195,9 +195,9 @@ PARENT = '''
 import sys
 import pandas as pd
 from mapo.agents import Model
-from mapo.training import SFT, Launch, train_sft
+from mapo.training import SFT, Launch, train
 rows = pd.DataFrame([dict(prompt=[dict(role='user', content='1')], completion=[dict(role='assistant', content='2')])]*8)
-train_sft(Model('initial', sys.argv[1]), rows, SFT(updates=100000, batch_size=4), sys.argv[2], launch=Launch('ddp', 2))
+train(Model('initial', sys.argv[1]), rows, SFT(updates=100000, batch_size=4), sys.argv[2], launch=Launch('ddp', 2))
 '''
 
 

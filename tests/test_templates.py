@@ -31,7 +31,7 @@ from mapo.engines import (
 from mapo.pairs import Selection, own_pairs, to_arrow
 from mapo.sampling import Engines, ask_alone, debate, sample_turns
 from mapo.tiny import QUOTE
-from mapo.training import SFT, example_tokens, pair_tokens, train_sft
+from mapo.training import SFT, example_tokens, pair_tokens, train
 
 LOOP = '{% for m in messages %}'
 STYLES = dict(  # name -> (template, tokens that end an answer, other special tokens)
@@ -561,7 +561,7 @@ def test_a_training_that_learns_no_thoughts(tmp_path):
     )
     settings = dict(updates=1, batch_size=4, learning_rate=1e-3)
     whole, spoken = (
-        train_sft(one, rows, SFT(**settings, thoughts=t), tmp_path / str(t)).log.loss[0] for t in (True, False)
+        train(one, rows, SFT(**settings, thoughts=t), tmp_path / str(t)).log.loss[0] for t in (True, False)
     )
     net = LlamaForCausalLM.from_pretrained(tmp_path / 'model')
     context, n = c.prompts([[say('2+3=')]])[0], example_tokens(c, rows, thoughts=False)[0].completion_thought[0]

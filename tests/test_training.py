@@ -16,7 +16,7 @@ from mapo import training
 from mapo.agents import Model
 from mapo.engines import RewardScorer, load_model, load_reward_model, new_reward_model, save_model
 from mapo.training import (DPO, SFT, PairTrainer, Reward, check_template, example_tokens, log_probabilities, pair_tokens,
-                           reference_log_probabilities, reward_tokens, template_faults, train_dpo, train_reward, train_sft)
+                           reference_log_probabilities, reward_tokens, template_faults, train)
 from warm import Warm
 
 PLAIN = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<bot>{{ m['content'] }}{{ eos_token }}"
@@ -79,7 +79,7 @@ def irpo(initial, reference, pairs, beta, alpha):
 def test_loss_is_irpos_formula(initial, other, tmp_path, batch, micro, cached):
     pairs,settings = make_pairs(batch, seed=batch),DPO(updates=1, batch_size=batch, micro_batch_size=micro, alpha=0.7, beta=0.3)
     reference = reference_log_probabilities(other, pairs, settings) if cached else other
-    first = train_dpo(initial, reference, pairs, settings, tmp_path/'out').log.iloc[0]
+    first = train(initial, pairs, settings, tmp_path/'out', reference).log.iloc[0]
     loss,nll = irpo(initial, other, pairs, 0.3, 0.7)
     assert abs(first.loss-loss) < 1e-5 and abs(first.nll-nll) < 1e-5
 
@@ -98,7 +98,7 @@ def in_order(rows, settings): return rows.iloc[training.row_order(len(rows), set
 
 def test_without_alpha_it_is_trls_dpo(initial, other, tmp_path):
     pairs,settings = make_pairs(7),DPO(updates=3, batch_size=4, learning_rate=1e-3)
-    ours = train_dpo(initial, other, pairs, settings, tmp_path/'ours')
+    ours = train(initial, pairs, settings, tmp_path/'ours', other)
     theirs = trl(DPOTrainer, DPOConfig, load_model(initial, 'cpu')[0], in_order(pairs, settings), tmp_path/'theirs', load_model(other, 'cpu')[0])
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
     trained = load_model(ours.model, 'cpu')[0].state_dict()
@@ -107,10 +107,10 @@ def test_without_alpha_it_is_trls_dpo(initial, other, tmp_path):
 
 def test_sft_is_trls(initial, tmp_path):
     examples,settings = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']],SFT(updates=3, batch_size=4, learning_rate=1e-3)
-    ours = train_sft(initial, examples, settings, tmp_path/'ours')
+    ours = train(initial, examples, settings, tmp_path/'ours')
     theirs = trl(SFTTrainer, SFTConfig, load_model(initial, 'cpu')[0], in_order(examples, settings), tmp_path/'theirs')
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
-    cut = train_sft(initial, examples, replace(settings, micro_batch_size=1), tmp_path/'cut')
+    cut = train(initial, examples, replace(settings, micro_batch_size=1), tmp_path/'cut')
     assert np.allclose(ours.log.loss, cut.log.loss, atol=1e-5)
 
 
@@ -120,9 +120,9 @@ def test_reference_over_iterations(initial, tmp_path, rank, cached):
     "With reference=previous the log-ratios start at zero; with reference=initial, at iteration 2, they do not."
     pairs,settings = make_pairs(8),DPO(updates=4, batch_size=8, lora_rank=rank, learning_rate=1e-2, alpha=1.)
     given = lambda model: reference_log_probabilities(model, pairs, settings) if cached else model
-    previous = train_dpo(initial, given(initial), pairs, settings, tmp_path/'1').model
+    previous = train(initial, pairs, settings, tmp_path/'1', given(initial)).model
     assert bool(previous.adapter) == bool(rank)
-    held = lambda model, name: train_dpo(previous, given(model), pairs, settings, tmp_path/name).log.iloc[0]
+    held = lambda model, name: train(previous, pairs, settings, tmp_path/name, given(model)).log.iloc[0]
     same,far = held(previous, 'same'),held(initial, 'far')
     assert abs(same.chosen_reward) < settings.beta*1e-6 and abs(same.rejected_reward) < settings.beta*1e-6
     assert abs(far.chosen_reward) > 0.05 and abs(far.margin) > 0.05
@@ -131,31 +131,31 @@ def test_reference_over_iterations(initial, tmp_path, rank, cached):
 def test_adapter_goes_on_from_itself(initial, tmp_path):
     pairs,settings = make_pairs(4),DPO(updates=3, batch_size=4, lora_rank=4, learning_rate=1e-2)
     table = reference_log_probabilities(initial, pairs, settings)
-    one = train_dpo(initial, table, pairs, settings, tmp_path/'1')
+    one = train(initial, pairs, settings, tmp_path/'1', table)
     assert sorted(p.name for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json', 'adapter_model.safetensors']
     assert json.loads((tmp_path/'1'/'adapter_config.json').read_text())['base_model_name_or_path'] == initial.path
-    two = train_dpo(one.model, table, pairs, settings, tmp_path/'2')
+    two = train(one.model, pairs, settings, tmp_path/'2', table)
     tokens,_ = pair_tokens(tokenizer(), pairs)
     now = log_probabilities(load_model(one.model, 'cpu')[0], list(tokens.prompt_ids), list(tokens.chosen_ids)).mean()
     assert abs(two.log.chosen_logp[0]-now) < 1e-3
     assert two.model.path == initial.path and two.model.adapter == str(tmp_path/'2')
-    with pytest.raises(ValueError, match='rank 4, but the settings ask for 8'): train_dpo(one.model, table, pairs, replace(settings, lora_rank=8), tmp_path/'3')
+    with pytest.raises(ValueError, match='rank 4, but the settings ask for 8'): train(one.model, pairs, replace(settings, lora_rank=8), tmp_path/'3', table)
 
 
 def test_reference_table_fits_rows_not_positions(initial, other, tmp_path):
     pairs,settings = make_pairs(6),DPO(updates=1, batch_size=6)
     table = reference_log_probabilities(other, pairs, settings)
-    first = train_dpo(initial, table, pairs, settings, tmp_path/'a').log
-    mixed = train_dpo(initial, table.sample(frac=1, random_state=0), pairs, settings, tmp_path/'b').log
+    first = train(initial, pairs, settings, tmp_path/'a', table).log
+    mixed = train(initial, pairs, settings, tmp_path/'b', table.sample(frac=1, random_state=0)).log
     assert first.equals(mixed)
-    with pytest.raises(ValueError, match='hold nothing for 6 of 6 pairs'): train_dpo(initial, table, make_pairs(6, seed=9), settings, tmp_path/'c')
+    with pytest.raises(ValueError, match='hold nothing for 6 of 6 pairs'): train(initial, make_pairs(6, seed=9), settings, tmp_path/'c', table)
 
 
 def test_reference_of_another_vocabulary(initial, tmp_path):
     foreign = random_model(tmp_path/'foreign')
     path = tmp_path/'foreign'/'tokenizer.json'
     path.write_text(path.read_text().replace('"~"', '"ä"'))
-    with pytest.raises(ValueError, match='another vocabulary'): train_dpo(initial, foreign, make_pairs(2), DPO(updates=1), tmp_path/'out')
+    with pytest.raises(ValueError, match='another vocabulary'): train(initial, make_pairs(2), DPO(updates=1), tmp_path/'out', foreign)
 
 
 def test_parquet_and_datasets_rows(initial, tmp_path):
@@ -232,7 +232,7 @@ def test_long_rows_are_left_out_not_cut(initial, tmp_path):
     tokens,_ = pair_tokens(tokenizer(), pairs)
     lengths = tokens.prompt_ids.map(len)+np.maximum(tokens.chosen_ids.map(len), tokens.rejected_ids.map(len))
     limit = int(lengths.median())
-    done = train_dpo(initial, initial, pairs, DPO(updates=2, batch_size=4, max_length=limit), tmp_path/'out')
+    done = train(initial, pairs, DPO(updates=2, batch_size=4, max_length=limit), tmp_path/'out', initial)
     used = int((lengths <= limit).sum())
     kept = pairs[(lengths <= limit).to_numpy()]
     empty = sum('' in (c[0]['content'], r[0]['content']) for c, r in zip(kept.chosen, kept.rejected))
@@ -242,7 +242,7 @@ def test_long_rows_are_left_out_not_cut(initial, tmp_path):
 
 def test_silent(initial, tmp_path, capfd):
     pairs,settings = make_pairs(4),DPO(updates=2, batch_size=4)
-    train_dpo(initial, reference_log_probabilities(initial, pairs, settings), pairs, settings, tmp_path/'out')
+    train(initial, pairs, settings, tmp_path/'out', reference_log_probabilities(initial, pairs, settings))
     out,err = capfd.readouterr()
     assert 'loss' not in out+err and 'Map' not in err and 'arning' not in err
     assert not any(p.suffix in ('.bin', '.pt', '.pth') for p in (tmp_path/'out').rglob('*'))
@@ -267,7 +267,7 @@ else: training.PairTrainer.log = log
 pairs = pd.read_parquet(pairs)
 settings = training.DPO(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3, alpha=0.4, warmup=0.2, schedule='cosine', lora_rank=int(rank))
 initial = Model('initial', model)
-training.train_dpo(initial, training.reference_log_probabilities(initial, pairs, settings), pairs, settings, folder, checkpoint_every=4)
+training.train(initial, pairs, settings, folder, training.reference_log_probabilities(initial, pairs, settings), 4)
 '''
 
 
@@ -283,9 +283,9 @@ def test_killed_and_resumed_is_the_undisturbed(initial, tmp_path, where, rank):
     settings = DPO(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3, alpha=0.4, warmup=0.2, schedule='cosine', lora_rank=rank)
     pairs,model = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial')
     table = reference_log_probabilities(model, pairs, settings)
-    whole = train_dpo(model, table, pairs, settings, tmp_path/'whole')
-    with pytest.raises(ValueError, match='another model, rows or settings'): train_dpo(model, table, pairs, replace(settings, alpha=0.1), tmp_path/'killed')
-    resumed = train_dpo(model, table, pairs, settings, tmp_path/'killed', checkpoint_every=4)
+    whole = train(model, pairs, settings, tmp_path/'whole', table)
+    with pytest.raises(ValueError, match='another model, rows or settings'): train(model, pairs, replace(settings, alpha=0.1), tmp_path/'killed', table)
+    resumed = train(model, pairs, settings, tmp_path/'killed', table, checkpoint_every=4)
     name = 'adapter_model.safetensors' if rank else 'model.safetensors'
     assert (tmp_path/'killed'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
     assert resumed.log.equals(whole.log)
@@ -300,7 +300,7 @@ class Trap:
 def test_checkpoints_run_no_code(initial, tmp_path, monkeypatch):
     pairs,settings = make_pairs(4),DPO(updates=4, batch_size=4)
     table = reference_log_probabilities(initial, pairs, settings)
-    run = lambda: train_dpo(initial, table, pairs, settings, tmp_path/'out', checkpoint_every=2)
+    run = lambda: train(initial, pairs, settings, tmp_path/'out', table, checkpoint_every=2)
     def stop(self, *args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(training, '_log', stop)
@@ -317,7 +317,7 @@ def test_checkpoints_run_no_code(initial, tmp_path, monkeypatch):
 
 def test_no_number_stops_before_a_checkpoint(initial, tmp_path):
     with pytest.raises(FloatingPointError, match='became nan at update 2 of 6'):
-        train_sft(initial, make_pairs(4).rename(columns={'chosen': 'completion'}), SFT(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out', checkpoint_every=2)
+        train(initial, make_pairs(4).rename(columns={'chosen': 'completion'}), SFT(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out', checkpoint_every=2)
     assert list((tmp_path/'out'/'checkpoints').iterdir()) == []
     assert not (tmp_path/'out'/'model.safetensors').exists()
 
@@ -325,7 +325,7 @@ def test_no_number_stops_before_a_checkpoint(initial, tmp_path):
 def test_same_inputs_same_bytes_and_seed_matters(initial, tmp_path):
     pairs,settings = make_pairs(9),DPO(updates=3, batch_size=4, learning_rate=1e-3, alpha=.2)
     table = reference_log_probabilities(initial, pairs, settings)
-    bytes_of = lambda name, **changes: (Path(train_dpo(initial, table, pairs, replace(settings, **changes), tmp_path/name).model.path)/'model.safetensors').read_bytes()
+    bytes_of = lambda name, **changes: (Path(train(initial, pairs, replace(settings, **changes), tmp_path/name, table).model.path)/'model.safetensors').read_bytes()
     first = bytes_of('a')
     torch.rand(3), np.random.rand(3)
     assert first == bytes_of('b') and first != bytes_of('c', seed=1)
@@ -334,7 +334,7 @@ def test_same_inputs_same_bytes_and_seed_matters(initial, tmp_path):
 def test_bfloat16_models_are_trained_in_float32(initial, tmp_path):
     pairs,settings = make_pairs(4),DPO(updates=1, batch_size=4, learning_rate=7e-7, alpha=.2)
     half = replace(initial, dtype='bfloat16')
-    done = train_dpo(half, half, pairs, settings, tmp_path/'out')
+    done = train(half, pairs, settings, tmp_path/'out', half)
     before,after = (load_model(replace(m, dtype='float32'), 'cpu')[0].state_dict() for m in (half, done.model))
     assert done.model.dtype == 'bfloat16'
     assert 0 < max((after[k]-before[k]).abs().max().item() for k in before) < 1e-6
@@ -352,19 +352,19 @@ def test_reward_loss_is_the_formula(initial, tmp_path, batch, micro, center):
     pairs = make_pairs(batch)
     untrained = Model('untrained', str(save_model(*new_reward_model(initial, 5, 'cpu'), tmp_path/'untrained')))
     chosen,rejected = (scores(untrained, pairs, side) for side in ('chosen', 'rejected'))
-    first = train_reward(initial, pairs, Reward(updates=1, batch_size=batch, micro_batch_size=micro, center=center, seed=5), tmp_path/'out').log.iloc[0]
+    first = train(initial, pairs, Reward(updates=1, batch_size=batch, micro_batch_size=micro, center=center, seed=5), tmp_path/'out').log.iloc[0]
     assert first.loss == pytest.approx((np.log1p(np.exp(rejected-chosen)) + center*(chosen+rejected)**2).mean(), abs=1e-5)
     assert first.margin == pytest.approx((chosen-rejected).mean(), abs=1e-5) and first.accuracy == pytest.approx((chosen > rejected).mean())
 
 
 def test_reward_training_is_trls(initial, tmp_path):
     pairs,settings = make_pairs(7),Reward(updates=3, batch_size=4, learning_rate=1e-3)
-    ours = train_reward(initial, pairs, settings, tmp_path/'ours')
+    ours = train(initial, pairs, settings, tmp_path/'ours')
     theirs = trl(RewardTrainer, RewardConfig, new_reward_model(initial, 0, 'cpu')[0], in_order(pairs, settings), tmp_path/'theirs')
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
     trained = load_reward_model(ours.model, 'cpu')[0].state_dict()
     assert all(torch.equal(trained[k], v) for k, v in theirs.model.state_dict().items())
-    cut = train_reward(initial, pairs, replace(settings, micro_batch_size=1), tmp_path/'cut')
+    cut = train(initial, pairs, replace(settings, micro_batch_size=1), tmp_path/'cut')
     assert np.allclose(ours.log.loss, cut.log.loss, atol=1e-4)
     assert {'step', 'loss', 'accuracy', 'margin'} <= set(ours.log) and len(ours.log) == 3
 
@@ -377,10 +377,10 @@ def test_a_reward_model_learns_a_rule_and_says_it_of_new_answers(initial, tmp_pa
         return pd.DataFrame([dict(prompt=says(f'{i}=', 'user'), chosen=word('123'), rejected=word('12')) for i in range(40)])
     share = lambda model: (scores(model, ruled(1), 'chosen') > scores(model, ruled(1), 'rejected')).mean()
     settings = Reward(updates=25, batch_size=16, learning_rate=1e-3)
-    one = train_reward(initial, ruled(0), settings, tmp_path/'one')
+    one = train(initial, ruled(0), settings, tmp_path/'one')
     assert share(one.model) > .85
     before = (scores(one.model, ruled(0), 'chosen') - scores(one.model, ruled(0), 'rejected')).mean()
-    two = train_reward(one.model, ruled(0), replace(settings, updates=1, batch_size=40), tmp_path/'two')
+    two = train(one.model, ruled(0), replace(settings, updates=1, batch_size=40), tmp_path/'two')
     assert two.log.margin[0] == pytest.approx(before, abs=1e-4)
     assert two.model == replace(one.model, path=str(tmp_path/'two'))
 
@@ -402,22 +402,22 @@ def test_inits_that_cannot_become_reward_models_are_refused(initial, tmp_path):
     net,made = new_reward_model(initial, 0, 'cpu')
     net.config.num_labels = 2
     save_model(type(net)(net.config), made, tmp_path/'two')
-    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer"): train_reward(Model('two', str(tmp_path/'two')), make_pairs(4), Reward(updates=1), tmp_path/'out')
-    with pytest.raises(ValueError, match='has a LoRA adapter'): train_reward(replace(initial, adapter='low'), make_pairs(4), Reward(updates=1), tmp_path/'out')
-    with pytest.raises(FloatingPointError, match='at update 2 of 6'): train_reward(initial, make_pairs(4), Reward(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out')
+    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer"): train(Model('two', str(tmp_path/'two')), make_pairs(4), Reward(updates=1), tmp_path/'out')
+    with pytest.raises(ValueError, match='has a LoRA adapter'): train(replace(initial, adapter='low'), make_pairs(4), Reward(updates=1), tmp_path/'out')
+    with pytest.raises(FloatingPointError, match='at update 2 of 6'): train(initial, make_pairs(4), Reward(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out')
     assert not (tmp_path/'out'/'model.safetensors').exists()
 
 
 @pytest.mark.parametrize('template,special,fault', [
     ('{{ bos_token }}'+PLAIN, {}, 'second begin token'), (PLAIN.replace('{{ eos_token }}', ''), {}, 'no end token'),
     (PLAIN.replace('{{ eos_token }}', '{{ eos_token }}{{ eos_token }}'), {}, 'second end token')])
-@pytest.mark.parametrize('train', [train_sft, train_dpo, train_reward])
-def test_no_training_begins_under_a_faulty_template(initial, tmp_path, template, special, fault, train):
+@pytest.mark.parametrize('objective', [SFT(updates=1), DPO(updates=1), Reward(updates=1)])
+def test_no_training_begins_under_a_faulty_template(initial, tmp_path, template, special, fault, objective):
     save_model(load_model(initial, 'cpu')[0], tokenizer(template, **special), tmp_path/'faulty')
-    faulty,pairs = Model('faulty', str(tmp_path/'faulty')),make_pairs(4)
-    args = {train_sft: (pairs.rename(columns={'chosen': 'completion'}), SFT(updates=1)), train_dpo: (initial, pairs, DPO(updates=1)), train_reward: (pairs, Reward(updates=1))}[train]
-    if train is train_dpo: args = (faulty, *args[1:])
-    with pytest.raises(ValueError, match=f'cannot be trained with: .*{fault}'): train(faulty, *args, tmp_path/'out')
+    faulty,rows = Model('faulty', str(tmp_path/'faulty')),make_pairs(4)
+    if objective.answers == ('completion',): rows = rows.rename(columns={'chosen': 'completion'})
+    with pytest.raises(ValueError, match=f'cannot be trained with: .*{fault}'):
+        train(faulty, rows, objective, tmp_path/'out', initial)
     assert not (tmp_path/'out').exists()
 
 
@@ -432,7 +432,7 @@ def log(self, logs, start_time=None):
     if self.state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)
 training.ScoreTrainer.log = log
 model,pairs,folder = sys.argv[1:]
-training.train_reward(Model('initial', model), pd.read_parquet(pairs), training.Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3), folder, checkpoint_every=4)
+training.train(Model('initial', model), pd.read_parquet(pairs), training.Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3), folder, checkpoint_every=4)
 """
 
 
@@ -442,7 +442,7 @@ def test_a_killed_reward_training_goes_on_to_the_same_bytes(initial, tmp_path):
     assert code == -9, said[-2000:]
     assert [p.name for p in (tmp_path/'killed'/'checkpoints').iterdir()] == ['checkpoint-4']
     pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
-    whole = train_reward(model, pairs, settings, tmp_path/'whole')
-    resumed = train_reward(model, pairs, settings, tmp_path/'killed', checkpoint_every=4)
+    whole = train(model, pairs, settings, tmp_path/'whole')
+    resumed = train(model, pairs, settings, tmp_path/'killed', checkpoint_every=4)
     assert (tmp_path/'killed'/'model.safetensors').read_bytes() == (tmp_path/'whole'/'model.safetensors').read_bytes()
     assert resumed.log.equals(whole.log)
