@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTEXT_COLUMNS', 'TURN_COLUMNS', 'MORE_COLUMNS', 'PER_TOKEN', 'CUT_COLUMNS', 'content_hash', 'context_id',
            'request_seed', 'Ask', 'ask_alone', 'plan_chunks', 'Engines', 'sampling_key', 'answer_chunk', 'in_arrow',
-           'sample_turns', 'contexts_of', 'Transcript', 'transcript', 'conversation', 'Said', 'sample_rounds',
-           'sample_alone', 'fit', 'ask_critics', 'ask_summaries', 'ask_judges', 'debate', 'ask_under', 'sample_tree']
+           'sample_turns', 'contexts_of', 'Transcript', 'transcript', 'conversation', 'Said', 'sample_rounds', 'fit',
+           'sample_alone', 'ask_critics', 'ask_summaries', 'ask_judges', 'debate', 'ask_under', 'sample_tree']
 
 # %% ../nbs/api/04_sampling.ipynb #cf550c8a
 import gc, hashlib, json
@@ -288,23 +288,6 @@ def _unwatched(): # asks hold no cycles; Python's collector would walk over all 
         gc.freeze()
         gc.enable()
 
-# %% ../nbs/api/04_sampling.ipynb #9450c87e
-def sample_alone(
-    problems:pd.DataFrame, # as `mapo.problems` makes them
-    team:Team,             # who is asked
-    n:int,                 # samples of each agent and problem
-    engines:Engines,       # or any function from a model to its engine
-    sampling:Sampling,     # how
-    purpose:str,           # 'train', 'evaluate', ...
-    iteration:int=0,
-    seed:int=0,            # of the run
-    answers:int=2048,      # answers in a chunk
-    map_chunks:Callable=map, # as in `sample_turns`
-)->Said:
-    "Every agent answers every problem, alone."
-    first = lambda *_: ask_alone(problems, team, n, purpose, iteration, seed)
-    return sample_rounds([first], engines, sampling, answers, map_chunks)
-
 # %% ../nbs/api/04_sampling.ipynb #943ae0d5
 def fit(
     asks:list[Ask],  # of one round
@@ -324,6 +307,23 @@ def fit(
             places = [i for i in places if fitted[i] is not None]
     changed = [(a.problem_id, a.round, a.seat, a.agent.role.name, f.cut if f else 0, f is not None) for a, f in zip(asks, fitted) if f is not a]
     return [f for f in fitted if f is not None], pd.DataFrame(changed, columns=CUT_COLUMNS)
+
+# %% ../nbs/api/04_sampling.ipynb #9450c87e
+def sample_alone(
+    problems:pd.DataFrame, # as `mapo.problems` makes them
+    team:Team,             # who is asked
+    n:int,                 # samples of each agent and problem
+    engines:Engines,       # or any function from a model to its engine
+    sampling:Sampling,     # how
+    purpose:str,           # 'train', 'evaluate', ...
+    iteration:int=0,
+    seed:int=0,            # of the run
+    answers:int=2048,      # answers in a chunk
+    map_chunks:Callable=map, # as in `sample_turns`
+)->Said:
+    "Every agent answers every problem, alone."
+    first = lambda *_: ask_alone(problems, team, n, purpose, iteration, seed)
+    return sample_rounds([first], engines, sampling, answers, map_chunks)
 
 # %% ../nbs/api/04_sampling.ipynb #7f121813
 def _ask(agent, seat, place, messages, parents, seed, n=1, **more): # `place`: a turn, or anything with its problem_id, split, purpose and iteration
