@@ -5,31 +5,32 @@
 # %% auto #0
 __all__ = ['ROLES', 'RECIPES', 'G', 'V', 'R', 'ARMS', 'CORE', 'PRESETS', 'STATED', 'TEMPLATES', 'STATES', 'VERDICT', 'FLIPS',
            'FIGURES', 'COMPARISONS', 'CLAIMS', 'HEADLINE', 'MALT', 'Malt', 'base_model', 'ChainArm', 'malt',
-           'first_team', 'sample_chain', 'value_turns', 'tree', 'build_role_data', 'learn', 'settings', 'answers',
-           'discuss', 'tell_refiner', 'other_critiques', 'critique', 'word_problems', 'make_harder', 'harder',
-           'answers_by_turn', 'final_answers', 'readable', 'results', 'shown_results', 'by_turn_rows', 'flip_rows',
-           'verdict_row', 'shared_prefixes', 'prompt_tokens', 'tables', 'prompts_computed']
+           'first_team', 'tree', 'learn', 'objective', 'answers', 'discuss', 'tell_refiner', 'other_critiques',
+           'critique', 'word_problems', 'make_harder', 'harder', 'answers_by_turn', 'final_answers', 'readable',
+           'results', 'shown_results', 'by_turn_rows', 'flip_rows', 'verdict_row', 'shared_prefixes', 'prompt_tokens',
+           'tables', 'prompts_computed']
 
 # %% ../nbs/api/18_malt.ipynb #74b9032a
 import random, re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from . import pairs
-from .agents import Agent, Model, Role, Team
+from .agents import Agent, Model, Role, Sampling, Team
 from .answers import canonical_answer, extract_answer
 from .evaluation import accuracy, compact
-from .experiment import Arm, Experiment, Fit, Settings, Step, check_fits, fit, gathered, training_curves
-from .methods import (Serving, _build, grade_turns, licensed, sample_debate, scored, trained)
-from .pairs import Selection, label_values
+from .experiment import Arm, Experiment, Fit, Settings, Step, begins_with, check_fits, fit, gathered, training_curves
+from .methods import licensed, trained
+from .objectives import DPO, SFT, Objective
+from .pairs import Selection, own_pairs, own_positives, value_turns
 from .problems import arithmetic
-from .rewards import canonical_answers, parent_rows, propagate, score_rows, seeded_draw
-from .runs import Artifact, Draft, Run, stage
-from .sampling import Engines, Said, ask_under, sample_rounds, sample_tree
-from .tiny import FLAWLESS, make_agent, solve, verified
+from .rewards import canonical_answers, grade, parent_rows, seeded_draw
+from .runs import Artifact, Run, scored
+from .sampling import Engines, Said, ask_under, debate, sample_rounds, sample_tree
+from .tiny import FLAWLESS, solve, verified
 
 # %% ../nbs/api/18_malt.ipynb #912855df
 ROLES = ('generator', 'verifier', 'refiner') # in the order in which they speak
@@ -40,7 +41,6 @@ class Malt(Settings):
     generator:str='tiny:base'    # model of the generator before training; paper: one base model for all three roles
     verifier:str='tiny:base'     # ... of the verifier, of another family if wanted
     refiner:str='tiny:base'      # ... of the refiner
-    retrain:tuple=()             # seeds whose base is trained anew from scratch (tiny only); ours
     generator_prompt:str='<solve>{question}' # the paper's prompts are not printed
     verifier_prompt:str='<verify>{question}<quote>{generator}</quote>' # shows the question and the turn before
     refiner_prompt:str='<refine>{question}<quote>{generator}</quote><critique>{verifier}</critique>' # shows everything
@@ -86,7 +86,7 @@ class Malt(Settings):
 
     def selection(self, seed:int, score:str='positive')->Selection: # of `mapo.pairs`
         "All own positives, and sibling pairs."
-        return Selection(score=score, by='context_id', n_positives=0, n_negatives=0, n_pairs=self.n_pairs, seed=seed)
+        return Selection(score=score, by='context_id', n_positives=0, n_negatives=0, n_pairs=self.n_pairs, repeated=True, seed=seed)
 
 # %% ../nbs/api/18_malt.ipynb #f6cb7804
 def base_model(
@@ -257,103 +257,79 @@ def malt(
 
 # %% ../nbs/api/18_malt.ipynb #c7fce614
 def first_team(run:Run, s:Malt, seed:int)->Team:
-    "The roles before training; on a base trained from scratch for the seeds in `retrain`."
-    if seed not in s.retrain: return s.team()
-    for a in s.team():
-        if not a.model.path.startswith('tiny:'): raise ValueError(f'seed {seed} retrains its base, which only a tiny model can be, not {a.model.path!r}')
-    return s.team().with_models({a.name: replace(a.model, path=str(run.stage(make_agent, name=a.model.path[5:], seed=seed, share=1.).path)) for a in s.team()})
-
-# %% ../nbs/api/18_malt.ipynb #c967b7b8
-@stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
-def sample_chain(draft:Draft, *, problems:Artifact, split:str, team:Team, branching:tuple, purpose:str, seed:int,
-                 temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
-    "A chain of roles answers every problem of a split, with `branching` samples under each turn."
-    from mapo.engines import Sampling
-    table = problems.read('problems')
-    with Engines(serving.open) as engines:
-        said = sample_tree(table[table.split == split], team, branching, engines, Sampling(temperature, top_p, max_tokens), purpose, 1, seed, chunk_answers, draft.map)
-    _write(draft, said)
-
-# %% ../nbs/api/18_malt.ipynb #99727a8e
-def _write(draft, said): # what a conversation stage leaves
-    for name, table in said._asdict().items(): draft.write(name, table)
-    draft.log |= dict(tokens_sampled=int(said.turns.completion_tokens.sum()), not_asked=int((~said.cuts['asked'].astype(bool)).sum()))
-
-# %% ../nbs/api/18_malt.ipynb #d35b15de
-@stage(version=1)
-def value_turns(draft:Draft, *, turns:Artifact, scores:Artifact, last:int, threshold:float, gap:float):
-    "Credit every turn with the mean of its children, and call it positive or negative; leaves are the turns of round `last`."
-    valued = label_values(propagate(scored(turns, (scores,), 'correct'), last), threshold, gap)
-    draft.write('scores', pd.concat([score_rows(valued, name, 'tree-1', value=valued[name]) for name in ('value', 'positive')], ignore_index=True))
+    "The roles before training."
+    return s.team().with_models({a.name: begins_with(run, s, a.model, seed) for a in s.team()})
 
 # %% ../nbs/api/18_malt.ipynb #4f2f1c49
-def tree(run:Run, s:Malt, team:Team, problems:Artifact, seed:int)->tuple[Artifact,tuple]: # turns, and scores: grades, values and labels
+def tree(run:Run, s:Malt, team:Team, problems:Artifact, seed:int, iteration:int=1)->tuple[Artifact,tuple]: # turns, and scores: grades, values and labels
     "The training problems' trees with their values."
-    turns = run.stage(sample_chain, problems=problems, split='train', team=team, branching=s.branching, purpose='train', seed=seed, **s.sampling())
-    graded = run.stage(grade_turns, turns=turns, problems=problems)
-    return turns,(graded, run.stage(value_turns, turns=turns, scores=graded, last=len(team)-1, threshold=s.threshold, gap=s.gap))
-
-# %% ../nbs/api/18_malt.ipynb #a6e0ff96
-@stage(version=1)
-def build_role_data(draft:Draft, *, turns:Artifact, scores:tuple, role:str, data:str, selection:Selection):
-    "What one role learns from: its own turns, put together by the function of `mapo.pairs` called `data`."
-    def make():
-        own = scored(turns, scores, selection.score).query('agent == @role')
-        if own.empty: raise pairs.NothingToLearn(f'nothing to learn for the {role}: it was never asked, so look whether its contexts fit into its window')
-        built = getattr(pairs, data)(own, turns.read('contexts'), role, selection)
-        return pairs.as_sampled(built) if 'copies' in built.table else built
-    _build(draft, make, role)
+    turns = run.stage(sample_tree, problems=problems.where(split='train'), team=team, branching=s.branching, purpose='train',
+                      iteration=iteration, seed=seed, **s.sampling())
+    graded = run.stage(grade, turns=turns, problems=problems)
+    valued = run.stage(value_turns, turns=(turns, graded), last=len(team)-1, threshold=s.threshold, gap=s.gap)
+    return turns,(graded, valued)
 
 # %% ../nbs/api/18_malt.ipynb #c5db9651
 def learn(run:Run, s:Malt, arm:ChainArm, team:Team, turns:Artifact, scores:tuple, seed:int)->tuple[Team,tuple[Fit,...]]:
     "Train each role of the chain on its own turns: SFT, and then DPO against the result."
     fits,score = [],'correct' if arm.recipe == 'rejection' else 'positive'
     for role in arm.chain:
+        own = turns.where(agent=role),*scores
         for method in arm.methods(s, role):
-            built = dict(sft='own_positives', dpo='own_pairs')[method]
-            data = run.stage(build_role_data, turns=turns, scores=scores, role=role, data=built, selection=s.selection(seed, score))
-            fits.append(fit(run, s, role, method, team[role].model, data, settings(s, method, seed)))
+            build = dict(sft=own_positives, dpo=own_pairs)[method]
+            data = run.stage(build, turns=own, contexts=turns, agent=role, selection=s.selection(seed, score))
+            fits.append(fit(run, s, role, objective(s, method, seed), team[role].model, data))
             if made := fits[-1].training: team = team.with_models({role: trained(team[role].model, made, s.lora_rank > 0)})
     check_fits(arm, fits)
     return team,tuple(fits)
 
 # %% ../nbs/api/18_malt.ipynb #6a7fc31a
-def settings(s:Malt, method:str, seed:int)->dict: # of `mapo.training.SFT` or `DPO`
+def objective(s:Malt, method:str, seed:int)->Objective:
     "One training of one role; DPO's reference is the model that it starts from."
-    own = dict(sft=dict(updates=s.sft_updates, learning_rate=s.sft_learning_rate),
-               dpo=dict(updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta))
-    return s.batch() | s.weights() | own[method] | dict(seed=seed)
+    how = s.batch() | s.weights() | dict(seed=seed)
+    if method == 'sft': return SFT(**how, updates=s.sft_updates, learning_rate=s.sft_learning_rate)
+    return DPO(**how, updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta)
 
 # %% ../nbs/api/18_malt.ipynb #578d26e1
 def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:str, purpose:str, seed:int)->tuple[Artifact,Artifact]: # turns and grades
     "What the arm says about the evaluated problems; `purpose` is 'evaluate' or 'greedy'."
-    how = dict(problems=problems, split=split, purpose=purpose, seed=seed, **s.sampling(purpose == 'greedy'))
+    drawn = dict(seed=seed, **s.sampling(purpose == 'greedy'))
+    how = dict(problems=problems.where(split=split), purpose=purpose, iteration=1, **drawn)
     passes = 1 if purpose == 'greedy' else arm.passes(s)
     if not arm.chain: turns = discuss(run, s, team[G].model, how)
     else:
         speakers = s.team(arm.chain).with_models({role: team[role].model for role in arm.chain})
-        turns = run.stage(sample_chain, team=speakers, branching=(passes,) + (1,)*(len(arm.chain)-1), **how)
-    if arm.told: turns = run.stage(tell_refiner, turns=turns, refiner=team[R], told=arm.told, **{k: v for k, v in how.items() if k not in ('split', 'purpose')})
-    return turns, run.stage(grade_turns, turns=turns, problems=problems)
+        turns = run.stage(sample_tree, team=speakers, branching=(passes,) + (1,)*(len(arm.chain)-1), **how)
+    if arm.told: turns = run.stage(tell_refiner, turns=turns, contexts=turns, problems=problems, refiner=team[R], told=arm.told, **drawn)
+    return turns, run.stage(grade, turns=turns, problems=problems)
 
 # %% ../nbs/api/18_malt.ipynb #74e2b331
 def discuss(run:Run, s:Malt, model:Model, how:dict)->Artifact:
     "Untrained generators answer, and see each other's answers in later rounds (Du et al., 2023)."
     seats = lambda role: Team('debate', [Agent(f'{role.name}-{i+1}', model, role) for i in range(s.debaters)])
-    return run.stage(sample_debate, generators=seats(Role('generator', s.generator_prompt)), critics=seats(Role('critic', s.critic_prompt, quote=s.quote)), summarizer=None, rounds=s.rounds, iteration=1, **how)
+    generators,critics = seats(Role('generator', s.generator_prompt)),seats(Role('critic', s.critic_prompt, quote=s.quote))
+    return run.stage(debate, generators=generators, critics=critics, summarizer=None, rounds=s.rounds, **how)
 
 # %% ../nbs/api/18_malt.ipynb #aea42e6c
-@stage(version=1, libraries=('torch', 'transformers', 'tokenizers'), device=True)
-def tell_refiner(draft:Draft, *, turns:Artifact, problems:Artifact, refiner:Agent, told:str, seed:int,
-                 temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
+def tell_refiner(
+    turns:pd.DataFrame,    # passes through the chain
+    contexts:pd.DataFrame, # what was shown
+    problems:pd.DataFrame, # for their questions and gold answers
+    refiner:Agent,
+    told:str,              # 'shuffled', 'right' or 'wrong', as `other_critiques` has it
+    engines:Engines,       # or any function from a model to its engine
+    sampling:Sampling,     # how
+    seed:int=0,            # of the run
+    answers:int=2048,      # answers in a chunk
+    map_chunks:Callable=map, # as in `mapo.sampling.sample_turns`
+)->Said: # the passes, with other last turns
     "The refiner answers again, after other critiques."
-    from mapo.engines import Sampling
-    contexts,before,table = turns.read('contexts'),turns.read('turns'),problems.read('problems')
-    before = before[before.role != R].reset_index(drop=True)
-    shown = before.assign(text=other_critiques(before, table, told, seed))
-    with Engines(serving.open) as engines:
-        said = sample_rounds([lambda *_: ask_under(contexts, shown, table, refiner, 2, 1, seed)], engines, Sampling(temperature, top_p, max_tokens), chunk_answers, draft.map)
-    _write(draft, Said(pd.concat([contexts, said.contexts]).drop_duplicates('context_id', ignore_index=True), pd.concat([before, said.turns], ignore_index=True), said.cuts))
+    before = turns[turns['role'] != R].reset_index(drop=True)
+    shown = before.assign(text=other_critiques(before, problems, told, seed))
+    ask = lambda *_: ask_under(contexts, shown, problems, refiner, 2, 1, seed)
+    said = sample_rounds([ask], engines, sampling, answers, map_chunks)
+    known = pd.concat([contexts, said.contexts]).drop_duplicates('context_id', ignore_index=True)
+    return Said(known, pd.concat([before, said.turns], ignore_index=True), said.cuts)
 
 # %% ../nbs/api/18_malt.ipynb #ea6d15df
 def other_critiques(
@@ -423,12 +399,19 @@ def word_problems(
     return table.assign(problem_id=[f'templates/{split}/{i}' for i in table.index], solution='', kind='number', split=split, source='templates' + ', one step more'*harder)
 
 # %% ../nbs/api/18_malt.ipynb #cf03dc19
-@stage(version=1)
-def make_harder(draft:Draft, *, source:str, form:str, low:int, high:int, question:str, n:int, seed:int):
+def make_harder(
+    source:str,   # 'arithmetic', or anything else for word problems
+    form:str,     # of generated problems
+    low:int,      # smallest operand of generated problems
+    high:int,     # largest
+    question:str, # how a generated problem is put
+    n:int,        # of each split
+    seed:int,     # of the draw
+)->pd.DataFrame:
     "Harder problems than those that were trained on: larger operands, or word problems with one step more."
-    if source == 'arithmetic': table = arithmetic(0, n, n, form, low, high, seed, question)
-    else: table = pd.concat([word_problems(n, split, True, seed) for split in ('dev', 'test')], ignore_index=True)
-    draft.write('problems', table)
+    if source == 'arithmetic': return arithmetic(0, n, n, form, low, high, seed, question)
+    return pd.concat([word_problems(n, split, True, seed) for split in ('dev', 'test')], ignore_index=True)
+
 def harder(run:Run, s:Malt)->Artifact:
     "The harder problems of an experiment."
     problems = {name: getattr(s, name) for name in ('source', 'form', 'high', 'question')}
@@ -467,7 +450,7 @@ def final_answers(
 def readable(step:Step, purpose:str='evaluate')->pd.DataFrame: # turns with `answer` and `correct`
     "An arm's graded conversations."
     turns,graded = step.measured[purpose]
-    return scored(turns, (graded,), 'answer', 'correct')
+    return scored(turns, graded)
 
 # %% ../nbs/api/18_malt.ipynb #b321841a
 def results(
@@ -537,18 +520,27 @@ def shared_prefixes(
     return sum(map(len, ordered)), sum(map(len, ordered)) - sum(same(a, b) for a, b in zip(ordered, ordered[1:]))
 
 # %% ../nbs/api/18_malt.ipynb #ca233cc8
-@stage(version=1, libraries=('tokenizers',))
-def prompt_tokens(draft:Draft, *, turns:Artifact, model:Model):
-    "Prompt tokens of the first 200 trees, whose roles share one model, as three kinds of engines compute them."
-    from mapo.engines import load_tokenizer
-    said,contexts,tokenizer = turns.read('turns'),turns.read('contexts').set_index('context_id')['messages'],load_tokenizer(model)
-    said = said[said['problem_id'].isin(said['problem_id'].unique()[:200])]
-    read = lambda messages: tokenizer(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True), add_special_tokens=False)['input_ids']
-    tokens = {i: read(contexts[i]) for i in said['context_id'].unique()}
-    requests = said.loc[~said.assign(parent=said['parent_ids'].map(''.join)).duplicated(['context_id', 'parent']), 'context_id']
+def prompt_tokens(
+    turns:pd.DataFrame,    # trees
+    contexts:pd.DataFrame, # what was shown
+    model:Model,           # of all roles
+    trees:int=200,         # that are looked at
+)->pd.DataFrame: # `engine, tokens, share_again`
+    "Prompt tokens of trees, as three kinds of engines compute them."
+    said = turns[turns['problem_id'].isin(turns['problem_id'].unique()[:trees])]
+    tokens = _read_prompts(said, contexts, model)
+    under = said.assign(parent=said['parent_ids'].map(''.join))
+    requests = said.loc[~under.duplicated(['context_id', 'parent']), 'context_id']
     _,distinct = shared_prefixes([tokens[i] for i in requests])
-    computed = {'a row per sample (TransformersEngine)': sum(len(tokens[i]) for i in said['context_id']), 'a prompt per request': sum(len(tokens[i]) for i in requests), 'every prefix once': distinct}
-    draft.write('prompts', pd.DataFrame([dict(engine=name, tokens=n, share_again=1 - distinct/n) for name, n in computed.items()]))
+    computed = {'a row per sample (TransformersEngine)': sum(len(tokens[i]) for i in said['context_id']),
+                'a prompt per request': sum(len(tokens[i]) for i in requests), 'every prefix once': distinct}
+    return pd.DataFrame([dict(engine=name, tokens=n, share_again=1 - distinct/n) for name, n in computed.items()])
+
+def _read_prompts(said, contexts, model): # context id -> its tokens
+    from mapo.engines import load_tokenizer
+    tokenizer,messages = load_tokenizer(model),contexts.set_index('context_id')['messages']
+    text = lambda i: tokenizer.apply_chat_template([dict(m) for m in messages[i]], tokenize=False, add_generation_prompt=True)
+    return {i: tokenizer(text(i), add_special_tokens=False)['input_ids'] for i in said['context_id'].unique()}
 
 # %% ../nbs/api/18_malt.ipynb #8fc57e6a
 FIGURES = dict(
@@ -678,7 +670,7 @@ def _few_pairs(steps, n=2): # of each role's DPO
 def _one_tree(steps): # of the training problem whose leaves are the most evenly right and wrong
     step = next((step for step in steps if step.turns), None)
     if not step: return None
-    turns = scored(step.turns, step.scores, 'correct', 'value')
+    turns = scored(step.turns, *step.scores)
     worth = (turns[turns['round'] == 0].groupby('problem_id')['value'].mean() - .5).abs()
     return turns[turns['problem_id'] == worth.idxmin()]
 
@@ -686,7 +678,7 @@ def prompts_computed(run:Run, s:Malt, steps:list)->Artifact|None: # of `prompt_t
     "Prompt tokens of the first arm's trees, where its roles share a model."
     step = next((step for step in steps if step.turns), None)
     if not step or len({s.generator, s.verifier, s.refiner}) > 1: return None
-    return run.stage(prompt_tokens, turns=step.turns, model=first_team(run, s, step.seed)[G].model)
+    return run.stage(prompt_tokens, turns=step.turns, contexts=step.turns, model=first_team(run, s, step.seed)[G].model)
 
 def _calls(s, steps): # what one answer takes at inference: calls and tokens per problem, and contexts that did not fit
     rows = []
@@ -694,8 +686,11 @@ def _calls(s, steps): # what one answer takes at inference: calls and tokens per
         arm,(turns,_) = step.arm,step.measured['evaluate']
         calls = len(arm.chain)*max(1, arm.votes*s.votes) if arm.chain else s.debaters*s.rounds
         tokens = calls*turns.read('turns')['completion_tokens'].mean()
-        rows.append(dict(arm=arm.name, seed=step.seed, calls=calls, tokens=tokens, not_asked=turns.log.get('not_asked', 0)))
+        rows.append(dict(arm=arm.name, seed=step.seed, calls=calls, tokens=tokens, not_asked=_not_asked(turns)))
     return pd.DataFrame(rows)
+
+def _not_asked(turns): # contexts that did not fit into a window
+    return int((~turns.read('cuts')['asked'].astype(bool)).sum())
 
 # %% ../nbs/api/18_malt.ipynb #348ed951
 MALT = Experiment('malt', PRESETS, ARMS, malt, shown_results, CORE, comparisons=COMPARISONS, claims=CLAIMS, figures=FIGURES,

@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['ARMS', 'CORE', 'PRESETS', 'READOUTS', 'COMPARISONS', 'CLAIMS', 'FIGURES', 'SAME', 'MULTIAGENT_FT', 'MultiagentFT',
            'Speakers', 'speakers', 'DebateArm', 'multiagent_ft', 'discuss', 'credit', 'learners', 'receivers',
-           'build_examples', 'worth_learning', 'learn', 'measure', 'judges', 'disputes', 'preferences', 'judge_pairs',
-           'build_judged', 'read_out', 'readouts', 'results', 'measure_diversity', 'diversity', 'transfer_set',
-           'beyond', 'elsewhere', 'tables']
+           'debate_examples', 'worth_learning', 'learn', 'measure', 'judges', 'disputes', 'preferences', 'Judged',
+           'judge_pairs', 'read_out', 'readouts', 'results', 'measure_diversity', 'diversity', 'transfer_set', 'beyond',
+           'elsewhere', 'tables']
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #5c08f162
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pandas as pd
 
-from .agents import Agent, Model, Role, Team
+from .agents import Agent, Model, Role, Sampling, Team
 from .diversity import consensus, embedding_dissimilarity, kl_between, nll_among, over_problems, sentence_encoder
 from .evaluation import accuracy, wilson
-from .experiment import Arm, Experiment, Fit, Settings, Step, fit
-from .methods import (Serving, grade_turns, licensed, make_problems, sample_alone, sample_debate, trained,
-                          vote_turns)
-from .pairs import Built, NothingToLearn, Selection, corrected_and_kept, hybrid_pairs, own_positives
-from .rewards import answering, canonical_answers, grade, read_answers, score_rows, with_scores
-from .runs import Artifact, Draft, Run, stage
-from .sampling import Engines, ask_judges, sample_rounds
+from .experiment import Arm, Experiment, Fit, Settings, Step, begins_with, fit
+from .methods import licensed, make_problems, trained
+from .objectives import DPO, SFT
+from .pairs import Built, Selection, corrected_and_kept, hybrid_pairs, ledger, own_positives
+from .rewards import answering, canonical_answers, grade, majority, read_answers, score_rows, with_scores
+from .runs import Artifact, Run, scored
+from .sampling import Engines, ask_judges, debate, sample_alone, sample_rounds
 from .tiny import FORM, QUOTE, ROLES
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #713bd751
@@ -83,6 +84,7 @@ class Speakers(NamedTuple):
     generators:Team
     critics:Team
     summarizer:Agent|None
+    base:Model # that all of them begin with
 
     @property
     def agents(self)->dict[str,Agent]: # by name, those that can be trained
@@ -96,16 +98,18 @@ class Speakers(NamedTuple):
 # %% ../nbs/api/17_multiagent_ft.ipynb #743195e4
 def speakers(
     s:MultiagentFT, # settings
+    base:Model=None, # that all begin with; None for the settings' own
 )->Speakers: # before training: one model everywhere
     "The seats of a debate."
-    base,seats = licensed('base', s.model, s.dtype),range(1, s.seats+1)
+    base,seats = base or licensed('base', s.model, s.dtype),range(1, s.seats+1)
     sign = lambda kind, seat: s.unique_ids.format(kind=kind, seat=seat)
     reads = s.summarize and not s.cooperate and s.seats > 1
     told = s.cooperative_prompt if s.cooperate else s.reader_prompt if reads else s.critic_prompt
     generators = [Agent(f'gen-{i}', base, Role('generator', sign('GEN', i)+s.prompt)) for i in seats]
     critics = [Agent(f'crit-{i}', base, Role('critic', sign('CRIT', i)+told, quote=s.quote)) for i in seats]
     summarizer = Agent('summarizer', base, Role('summarizer', s.summarizer_prompt, quote=s.quote))
-    return Speakers(Team('generators', generators), Team('critics', critics), summarizer if reads and s.rounds > 1 else None)
+    summarizer = summarizer if reads and s.rounds > 1 else None
+    return Speakers(Team('generators', generators), Team('critics', critics), summarizer, base)
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #a481ad0a
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def multiagent_ft(
     split:str,     # where it is evaluated
 )->list[Step]:
     "One arm: debate, agree, choose, train; repeat."
-    team,steps = speakers(s),[]
+    team,steps = speakers(s, begins_with(run, s, licensed('base', s.model, s.dtype), seed)),[]
     if not arm.models: return [Step(arm, seed, 0, problems, *measure(run, s, team, problems, split, 0, seed))]
     for t in range(1, s.iterations+1):
         turns = discuss(run, s, team, problems, 'train', 'train', t, seed, s.rounds if arm.debated else 1)
@@ -223,16 +227,17 @@ def multiagent_ft(
 # %% ../nbs/api/17_multiagent_ft.ipynb #a3f05839
 def discuss(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, purpose:str, iteration:int, seed:int, rounds:int)->Artifact:
     "A debate about every problem of a split."
-    return run.stage(sample_debate, problems=problems, split=split, generators=team.generators, critics=team.critics, rounds=rounds,
+    return run.stage(debate, problems=problems.where(split=split), generators=team.generators, critics=team.critics, rounds=rounds,
                      summarizer=team.summarizer if rounds > 1 else None, purpose=purpose, iteration=iteration, seed=seed, **s.sampling())
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #c4358220
 def credit(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, turns:Artifact, problems:Artifact, seed:int)->tuple:
     "The scores that the arm learns by, as artifacts."
-    voted = run.stage(vote_turns, turns=turns, problems=problems, seed=seed)
-    if arm.score == 'correct': return voted, run.stage(grade_turns, turns=turns, problems=problems)
+    voted = run.stage(majority, turns=turns, problems=problems, seed=seed)
+    if arm.score == 'correct': return voted, run.stage(grade, turns=turns, problems=problems)
     if arm.pairs != 'preferred': return (voted,)
-    return voted, run.stage(judge_pairs, turns=turns, answers=voted, problems=problems, critics=judges(s, team), seed=seed, **s.sampling())
+    judged = run.stage(judge_pairs, turns=(turns, voted), contexts=turns, problems=problems, critics=judges(s, team), seed=seed, **s.sampling())
+    return voted, judged
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #ca233064
 def learners(
@@ -254,23 +259,26 @@ def receivers(
     "Who speaks with a trained model from now on."
     name = found.learner
     own = dict(each=[name], seats=[f'{kind}-{name[5:]}' for kind in ('gen', 'crit')]).get(arm.models, list(team.agents))
-    return {a: replace(trained(licensed('base', s.model, s.dtype), found.training, s.lora_rank > 0), name=name) for a in own}
+    return {a: replace(trained(team.base, found.training, s.lora_rank > 0), name=name) for a in own}
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #c6706dc2
-@stage(version=1)
-def build_examples(draft:Draft, *, turns:Artifact, scores:tuple, agents:tuple, score:str, corrected:float, critic_turns:str, seed:int):
-    "What a model learns from: the examples of each of `agents`, one after the other."
-    table,contexts,built = _spoken(turns, scores, score),turns.read('contexts'),[]
-    for agent in agents:
-        try: built.append(worth_learning(table, contexts, agent, score, corrected, critic_turns, seed))
-        except NothingToLearn as e: built.append((pd.DataFrame(), pd.DataFrame([dict(agent=agent, part='problems', fate=str(e), count=0)])))
-    draft.write('data', pd.concat([data for data, _ in built], ignore_index=True))
-    draft.write('counts', pd.concat([counts for _, counts in built], ignore_index=True))
+def debate_examples(
+    turns:pd.DataFrame,    # a debate's, with the score
+    contexts:pd.DataFrame, # what was shown
+    agents:tuple,          # whose turns the model learns
+    score:str='agrees',    # 'agrees' with the majority; 'correct' by gold for STaR
+    corrected:float=2/3,   # share of corrected examples among a critic's
+    critic_turns:str='last', # which of a critic's
+    seed:int=0,            # of the draws
+)->Built:
+    "What a model learns from: the examples of each agent, one after the other."
+    said = turns[answering(turns)]
+    built = [worth_learning(said, contexts, agent, score, corrected, critic_turns, seed) for agent in agents]
+    return Built(*(pd.concat(parts, ignore_index=True) for parts in zip(*built)))
 
-def _spoken(turns, scores, *names): # turns that are voted on, with their scores
-    said = turns.read('turns')
-    found = pd.concat([part.read('scores') for part in scores], ignore_index=True)
-    return with_scores(said[answering(said)], found.drop_duplicates(['turn_id', 'name']), *names)
+def _spoken(turns, *scores): # turns that are voted on, with their scores
+    said = scored(turns, *scores)
+    return said[answering(said)]
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #79c32c45
 def worth_learning(
@@ -281,36 +289,42 @@ def worth_learning(
     corrected:float=2/3,   # share of corrected examples among a critic's
     critic_turns:str='last', # which of a critic's
     seed:int=0,            # of the draws
-): # a `mapo.pairs.Built` of examples
+)->Built:
     "An agent's own turns that are worth learning (Multiagent Finetuning, Algorithm 1)."
     own = turns[turns['agent'] == agent]
-    found = Built(own[own['round'] == 0], pd.DataFrame()) if (own['role'] == 'generator').all() else corrected_and_kept(turns, own['seat'].iloc[0], corrected, critic_turns, seed)
-    if found.table.empty: raise NothingToLearn(f'nothing to learn for agent {agent!r}: none of its {len(own)} turns ends in the answer of the majority')
-    built = own_positives(found.table, contexts, agent, Selection(score=score, by='context_id', n_positives=0, seed=seed))
-    return Built(built.table, pd.concat([found.counts.assign(agent=agent), built.counts], ignore_index=True)[built.counts.columns])
+    if (own['role'] == 'generator').all(): found = Built(own[own['round'] == 0], ledger('critic turns', {}))
+    else: found = corrected_and_kept(turns, own['seat'].iloc[0], corrected, critic_turns, seed)
+    selection = Selection(score=score, by='context_id', n_positives=0, seed=seed)
+    built = own_positives(found.table, contexts, agent, selection)
+    counts = pd.concat([found.counts.assign(agent=agent), built.counts], ignore_index=True)
+    return Built(built.table, counts[['agent', 'part', 'fate', 'count']])
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #5aab6331
 def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agents:tuple, turns:Artifact, scores:tuple, seed:int)->Fit:
     "Choose what one model learns from, and train it on that."
     agent = name if arm.models == 'each' else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
-    start = licensed('base', s.model, s.dtype) if s.init == 'initial' else team.agents[agent].model
-    settings = s.batch() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, warmup=s.warmup, schedule=s.schedule,
-                                max_length=s.max_length, **s.weights(), seed=seed)
+    start = team.base if s.init == 'initial' else team.agents[agent].model
+    how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, warmup=s.warmup,
+                                         schedule=s.schedule, max_length=s.max_length, seed=seed)
     if arm.pairs and name.startswith('gen'):
-        data = run.stage(build_judged, turns=turns, scores=scores, agent=agents[0], score=arm.pairs, seed=seed)
-        return fit(run, s, name, 'dpo', start, data, settings | dict(beta=s.beta))
-    data = run.stage(build_examples, turns=turns, scores=scores if arm.score == 'correct' else scores[:1], agents=agents, score=arm.score,
+        selection = Selection(score=arm.pairs, n_positives=0, n_negatives=0, n_pairs=0, seed=seed)
+        first = turns.where(round=0)
+        data = run.stage(hybrid_pairs, turns=(first, *scores), contexts=turns, agent=agents[0], selection=selection)
+        return fit(run, s, name, DPO(**how, beta=s.beta), start, data)
+    told = scores if arm.score == 'correct' else scores[:1]
+    data = run.stage(debate_examples, turns=(turns, *told), contexts=turns, agents=agents, score=arm.score,
                      corrected=s.corrected, critic_turns=s.critic_turns, seed=seed)
-    return fit(run, s, name, 'sft', start, data, settings)
+    return fit(run, s, name, SFT(**how), start, data)
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #57cc455d
 def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, iteration:int, seed:int)->tuple[dict,Speakers]: # artifacts by name, and who spoke
     "Let the agents debate the problems they are judged by."
     if s.one_generator: team = team.with_models({a.name: team.generators.agents[0].model for a in team.generators})
     turns = discuss(run, s, team, problems, split, 'evaluate', iteration, seed, s.rounds)
-    greedy = run.stage(sample_alone, problems=problems, split=split, team=team.generators, n=1, purpose='greedy', iteration=iteration, seed=seed, **s.sampling(greedy=True))
-    graded,greedy_graded = (run.stage(grade_turns, turns=said, problems=problems) for said in (turns, greedy))
-    voted = run.stage(vote_turns, turns=turns, problems=problems, seed=seed)
+    greedy = run.stage(sample_alone, problems=problems.where(split=split), team=team.generators, n=1, purpose='greedy',
+                       iteration=iteration, seed=seed, **s.sampling(greedy=True))
+    graded,greedy_graded = (run.stage(grade, turns=said, problems=problems) for said in (turns, greedy))
+    voted = run.stage(majority, turns=turns, problems=problems, seed=seed)
     return dict(turns=turns, graded=graded, voted=voted, greedy=greedy, greedy_graded=greedy_graded),team
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #2c3642f6
@@ -340,39 +354,42 @@ def preferences(
     return won.groupby('turn_id')['won'].mean()
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #8cf3385a
-@stage(version=2, libraries=('torch', 'transformers', 'tokenizers', 'math-verify'), device=True)
-def judge_pairs(draft:Draft, *, turns:Artifact, answers:Artifact, problems:Artifact, critics:Team, seed:int, temperature:float, top_p:float, max_tokens:int, chunk_answers:int, serving:Serving):
-    "Let critics compare first answers that differ, in both orders. No gold answer is read."
-    from mapo.engines import Sampling
-    table = problems.read('problems').drop(columns=['answer', 'solution'])
-    asked = disputes(_spoken(turns, (answers,), 'answer'), table)
-    ask = lambda *_: ask_judges(turns.read('contexts'), turns.read('turns'), asked, table, critics, seed)
-    with Engines(serving.open) as engines:
-        contexts,said,cuts = sample_rounds([ask], engines, Sampling(temperature, top_p, max_tokens), chunk_answers, draft.map)
-    said = with_scores(said, read_answers(said, table), 'answer') if len(said) else said.assign(answer=None)
-    said = said.assign(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1])
-    found = asked.merge(said[['first', 'second', 'answer']].rename(columns=dict(answer='said')), on=['first', 'second'])
-    columns = ['answer', 'answer_other', 'said'] # in one writing
-    together = pd.concat([found[['problem_id', name]].set_axis(['problem_id', 'answer'], axis=1) for name in columns], ignore_index=True)
-    found[columns] = canonical_answers(together, table).to_numpy(object).reshape(3, -1).T
-    found['verdict'] = found['first'].where(found['said'] == found['answer'], found['second'].where(found['said'] == found['answer_other'], None))
-    won = preferences(found)
-    first = turns.read('turns')
-    first = first[answering(first)]
-    draft.write('scores', score_rows(first, 'preferred', 'critics-1', value=first['turn_id'].map(won).to_numpy(float)))
-    draft.write('judged', found[['problem_id', 'first', 'second', 'verdict']])
-    draft.write('turns', said.drop(columns=['answer', 'first', 'second']))
-    draft.log['tokens_sampled'] = int(said['completion_tokens'].sum())
+class Judged(NamedTuple):
+    "What critics made of answers."
+    scores:pd.DataFrame # `preferred`: the share of consistent comparisons that a first answer won
+    judged:pd.DataFrame # `problem_id, first, second, verdict`
+    turns:pd.DataFrame  # what the critics said
 
-# %% ../nbs/api/17_multiagent_ft.ipynb #c930d0e6
-@stage(version=1)
-def build_judged(draft:Draft, *, turns:Artifact, scores:tuple, agent:str, score:str, seed:int):
-    "A generator's pairs of first answers, decided by a score."
-    table = _spoken(turns, scores, score).query('round == 0')
-    try: built = hybrid_pairs(table, turns.read('contexts'), agent, Selection(score=score, n_positives=0, n_negatives=0, n_pairs=0, seed=seed))
-    except NothingToLearn as e: built = pd.DataFrame(), pd.DataFrame([dict(agent=agent, part='problems', fate=str(e), count=0)])
-    draft.write('data', built[0])
-    draft.write('counts', built[1])
+def judge_pairs(
+    turns:pd.DataFrame,    # a debate's, with `answer`
+    contexts:pd.DataFrame, # what was shown
+    problems:pd.DataFrame, # whose gold answers are not read
+    critics:Team,          # told to compare
+    engines:Engines,       # or any function from a model to its engine
+    sampling:Sampling,     # how
+    seed:int=0,            # of the run
+    answers:int=2048,      # answers in a chunk
+    map_chunks:Callable=map, # as in `mapo.sampling.sample_turns`
+)->Judged:
+    "Let critics compare first answers that differ, in both orders."
+    table = problems.drop(columns=['answer', 'solution'])
+    own = turns[answering(turns)]
+    asked = disputes(own, table)
+    ask = lambda *_: ask_judges(contexts, turns, asked, table, critics, seed)
+    said = sample_rounds([ask], engines, sampling, answers, map_chunks).turns
+    judged = asked.assign(verdict=_verdicts(asked, said, table))
+    won = own['turn_id'].map(preferences(judged)).to_numpy(float)
+    return Judged(score_rows(own, 'preferred', 'critics-1', value=won), judged[['problem_id', 'first', 'second', 'verdict']], said)
+
+def _verdicts(asked, said, problems): # the id of the turn that each comparison ends with, None where it is neither
+    said = with_scores(said, read_answers(said, problems), 'answer') if len(said) else said.assign(answer=None)
+    pairs = said.assign(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1])[['first', 'second', 'answer']]
+    found = asked.merge(pairs.rename(columns=dict(answer='said')), how='left', on=['first', 'second'])
+    columns = ['answer', 'answer_other', 'said'] # in one writing
+    together = [found[['problem_id', name]].set_axis(['problem_id', 'answer'], axis=1) for name in columns]
+    written = canonical_answers(pd.concat(together, ignore_index=True), problems)
+    one,other,end = written.to_numpy(object).reshape(3, -1)
+    return found['first'].where(end == one, found['second'].where(end == other, None)).to_numpy(object)
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #1996a8ca
 READOUTS = ('alone', 'vote', 'debate')
@@ -397,8 +414,8 @@ def readouts(
 )->pd.DataFrame: # compact rows of `mapo.evaluation`, in which the readout stands for the agent
     "The rows of every readout of one iteration."
     measured,table = step.measured,step.problems.read('problems')
-    rows = read_out(_spoken(measured['turns'], (measured['graded'],), 'answer', 'correct'), measured['voted'].read('votes'), table)
-    greedy = _spoken(measured['greedy'], (measured['greedy_graded'],), 'correct').groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index()
+    rows = read_out(_spoken(measured['turns'], measured['graded']), measured['voted'].read('votes'), table)
+    greedy = _spoken(measured['greedy'], measured['greedy_graded']).groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index()
     rows = pd.concat([rows, greedy.assign(readout='alone, greedy')], ignore_index=True).rename(columns=dict(readout='agent'))
     return rows.assign(**step.at(), greedy=float('nan'))
 
@@ -408,21 +425,36 @@ def results(s:MultiagentFT, step:Step)->pd.DataFrame: # compact rows
     return rows[rows['agent'] == step.arm.readout].assign(agent='team')
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #7ad276f7
-@stage(version=1, libraries=('torch', 'transformers'), device=True)
-def measure_diversity(draft:Draft, *, turns:Artifact, voted:Artifact, problems:Artifact, models:dict, base:Model, n:int, encoder:str, iteration:int):
+def measure_diversity(
+    turns:pd.DataFrame,    # a debate's, with `answer`
+    contexts:pd.DataFrame, # what was shown
+    problems:pd.DataFrame, # for the `kind` of their answers
+    models:dict,           # agent -> the model it speaks with
+    base:Model,            # that all began with
+    n:int,                 # problems that are looked at
+    encoder:str='',        # folder of a sentence encoder; '' for none
+)->pd.DataFrame: # `measure, round, mean, low, high, se, problems, left_out`
     "Do the agents still differ?"
-    said,contexts,kinds = _spoken(turns, (voted,), 'answer'),turns.read('contexts'),problems.read('problems')[['problem_id', 'kind']]
+    said,kinds = turns[answering(turns)],problems[['problem_id', 'kind']]
     said = said[said['problem_id'].isin(sorted(said['problem_id'].unique())[:n])]
-    spoken,several = said[said['text'].fillna('').str.strip() != ''],said['seat'].nunique() > 1
-    first,last = spoken[spoken['round'] == 0],spoken[(spoken['round'] == said['round'].max()) & (spoken['round'] > 0)]
-    distinct = {m: a for a, m in models.items() if a.startswith('gen') and m != base}
-    values = [consensus(said, kinds)] if several else []
-    if last['agent'].nunique() > 1: values.append(nll_among({a: m for a, m in models.items() if a.startswith('crit')}, last, contexts))
-    if distinct and len(first): values.append(_divergence(kl_between({'base': base} | {a: m for m, a in distinct.items()}, first, contexts)))
-    whole = spoken[spoken.groupby(['problem_id', 'round'])['seat'].transform('nunique') == said['seat'].nunique()]
-    if encoder and several and whole['answer'].notna().any(): values.append(embedding_dissimilarity(whole, sentence_encoder(encoder), kinds))
+    values = [v for v in _differences(said, contexts, kinds, models, base, encoder) if v is not None]
     table = _with_spread(pd.concat(values, ignore_index=True)) if values else pd.DataFrame()
-    draft.write('diversity', over_problems(table) if len(table) else pd.DataFrame(columns=['measure', 'round', 'mean', 'low', 'high', 'se', 'problems', 'left_out']))
+    if len(table): return over_problems(table)
+    return pd.DataFrame(columns=['measure', 'round', 'mean', 'low', 'high', 'se', 'problems', 'left_out'])
+
+def _differences(said, contexts, kinds, models, base, encoder): # a table per measure; None where it cannot be taken
+    spoken,several = said[said['text'].fillna('').str.strip() != ''],said['seat'].nunique() > 1
+    first = spoken[spoken['round'] == 0]
+    last = spoken[(spoken['round'] == said['round'].max()) & (spoken['round'] > 0)]
+    distinct = {m: a for a, m in models.items() if a.startswith('gen') and m != base}
+    critics = {a: m for a, m in models.items() if a.startswith('crit')}
+    yield consensus(said, kinds) if several else None
+    yield nll_among(critics, last, contexts) if last['agent'].nunique() > 1 else None
+    if distinct and len(first):
+        yield _divergence(kl_between({'base': base} | {a: m for m, a in distinct.items()}, first, contexts))
+    whole = spoken[spoken.groupby(['problem_id', 'round'])['seat'].transform('nunique') == said['seat'].nunique()]
+    if encoder and several and whole['answer'].notna().any():
+        yield embedding_dissimilarity(whole, sentence_encoder(encoder), kinds)
 
 def _with_spread(rows): # a measure that has a value on one problem alone, or on none, has no mean worth the name
     problems = rows.dropna(subset='value').groupby(['measure', 'round'])['problem_id'].nunique()
@@ -436,8 +468,9 @@ def _divergence(rows): # KL of the agents among each other, and of each to the b
 def diversity(run:Run, s:MultiagentFT, step:Step)->Artifact:
     "The diversity of one iteration's evaluation debate."
     models = {a: agent.model for a, agent in step.team.agents.items()}
-    return run.stage(measure_diversity, turns=step.measured['turns'], voted=step.measured['voted'], problems=step.problems, models=models,
-                     base=licensed('base', s.model, s.dtype), n=s.n_diversity, encoder=s.encoder, iteration=step.iteration)
+    said = step.measured['turns']
+    return run.stage(measure_diversity, turns=(said, step.measured['voted']), contexts=said, problems=step.problems, models=models,
+                     base=step.team.base, n=s.n_diversity, encoder=s.encoder)
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #44181915
 COMPARISONS = [['multiagent_ft', other] for other in ('debate', 'majority_ft', 'star', 'single_agent', 'single_agent_total')]
@@ -578,7 +611,7 @@ def _accuracies(steps, *by):
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #6c052dd8
 def _judged(steps): # how consistent critics' judgements are, and how often they prefer the right one of a right and a wrong answer
-    rows = [_judgements(step) for step in steps if step.scores and (step.scores[-1].path/'judged.parquet').exists()]
+    rows = [_judgements(step) for step in steps if step.scores and step.scores[-1].has('judged')]
     return pd.DataFrame(rows)
 
 def _judgements(step):

@@ -19,7 +19,6 @@ import pandas as pd
 
 from .agents import Agent, Model, Role, Team
 from .problems import arithmetic
-from .runs import stage
 
 # %% ../nbs/api/12_tiny.ipynb #7f1d7527
 FORM, LOW, HIGH = 'a*b+c*d-e', 2, 9 # of every tiny problem
@@ -348,7 +347,6 @@ def train_tiny(
     return Path(folder)
 
 # %% ../nbs/api/12_tiny.ipynb #19a09b0e
-@stage(libraries=('torch', 'transformers'))
 def make_agent(
     draft, # a `mapo.runs.Draft`
     *, name:str, # a name in `RECIPES`
