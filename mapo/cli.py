@@ -125,12 +125,12 @@ def _check_seeds(name, seeds):
 
 
 # %% ../nbs/api/20_cli.ipynb #19c1a013
-_PACE = dict(sample=4., tell=4., judge=4., tune=6., score=1., measure=1.) # seconds of a token, relative to each other
-_DOING = dict(make='making problems', sample='sampling', tell='sampling', judge='judging', tune='training',
-              score='scoring', measure='measuring', grade='grading', build='choosing what to learn', vote='voting',
-              value='crediting', flip='grading')
-
-def _kind(stage): return stage.partition('_')[0]
+_PACE = dict.fromkeys(('sample_alone', 'debate', 'sample_tree', 'tell_refiner', 'judge_pairs'), 4.) | dict(
+    train=6., reward=1., measure_diversity=1.) # seconds of a token, relative to each other
+_DOING = dict(make_problems='making problems', make_harder='making problems', make_agent='training first agents',
+              sample_alone='sampling', debate='debating', sample_tree='sampling', tell_refiner='sampling', judge_pairs='judging',
+              train='training', reward='scoring', measure_diversity='measuring', grade='grading', majority='voting',
+              value_turns='crediting', flip_labels='grading')
 
 
 # %% ../nbs/api/20_cli.ipynb #19c1a014
@@ -178,8 +178,8 @@ class Progress:
         self.stage,self.done,self.made = '',self.done + (self.at is not None),self.made + (not reused)
         if reused or not tokens: return
         if stage in self.loaded:
-            before = self.paces.get(_kind(stage), (0., 0))
-            self.paces[_kind(stage)] = before[0]+seconds,before[1]+tokens
+            before = self.paces.get(stage, (0., 0))
+            self.paces[stage] = before[0]+seconds,before[1]+tokens
         self.loaded.add(stage)
 
     def _turn(self, place, now):
@@ -203,7 +203,7 @@ class Progress:
         seconds = sum(s for s, _ in self.paces.values())
         usual = seconds/sum(_PACE.get(kind, 1.)*tokens for kind, (_, tokens) in self.paces.items())
         pace = {kind: s/tokens for kind, (s, tokens) in self.paces.items()}
-        steps = [(_kind(step.stage), step.tokens) for step in self.steps[self.done:]]
+        steps = [(step.stage, step.tokens) for step in self.steps[self.done:]]
         ahead = [tokens*pace.get(kind, usual*_PACE.get(kind, 1.)) for kind, tokens in steps]
         if self.stage and ahead: ahead[0] = max(0., ahead[0] - (now-self.begun))
         return sum(ahead)
@@ -212,7 +212,7 @@ class Progress:
         "Arm, iteration, what is done, and the time left."
         last = max((step.iteration for step in self.steps if step[:2] == self.place), default=0)
         turn = f'iteration {self.iteration} of {last}' if self.iteration and last > 1 else ''
-        doing = _DOING.get(_kind(self.stage), self.stage)
+        doing = _DOING.get(self.stage, self.stage)
         if not (doing or self._named): doing = 'tables and figures' if self.done else 'starting'
         return ', '.join(filter(None, [self._named, turn, doing, self._left(now)]))
 
@@ -388,7 +388,7 @@ def run_notebooks(
     longest = sorted(values, key=lambda name: _work(steps[name]), reverse=True)
     return _side_by_side({name: values[name] for name in longest}, fresh, processes, _threads(processes, tiny), board)
 
-def _work(steps): return sum(step.tokens*_PACE.get(_kind(step.stage), 1.) for step in steps)
+def _work(steps): return sum(step.tokens*_PACE.get(step.stage, 1.) for step in steps)
 
 def _side_by_side(values, fresh, processes, env, board): # in the order of `values`, as processes become free
     with tempfile.TemporaryDirectory() as folder, _quiet(), ThreadPoolExecutor(processes) as pool:
@@ -620,7 +620,7 @@ def sentence(
     name,value = getattr(error, 'ename', type(error).__name__),getattr(error, 'evalue', str(error))
     said = re.sub(r'^\[Errno \d+\] ', '', ' '.join(str(value).split()))
     if name == 'DeadKernelError': return _KILLED
-    return said if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError', 'NothingToLearn', 'StaleCode') else f'{name}: {said}'
+    return said if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError', 'StaleCode') else f'{name}: {said}'
 
 # %% ../nbs/api/20_cli.ipynb #fbad5340
 def main(argv=None):

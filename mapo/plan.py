@@ -15,8 +15,8 @@ __all__ = ['CONFIGS', 'BYTES', 'DRAW', 'TRAINED', 'COPY', 'GPUS', 'USABLE', 'PRE
            'assumptions', 'describe', 'plan_paper', 'outline']
 
 # %% ../nbs/api/19_plan.ipynb #8441389a
-import difflib, json, math, re, textwrap, time
-from dataclasses import dataclass, fields, is_dataclass, replace
+import difflib, inspect, json, math, re, textwrap, time
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .multiagent_ft import MULTIAGENT_FT
 from .agents import Agent, Model, Team, escape, model_folder, printable
 from .methods import LICENCES
 from .report import Shown, show_table
-from .runs import Artifact, key_of
+from .runs import Artifact, check_inputs, key_of
 
 # %% ../nbs/api/19_plan.ipynb #af229431
 @dataclass(frozen=True)
@@ -488,10 +488,10 @@ class Learning:
 @dataclass(frozen=True)
 class Planned(Artifact):
     "The result of a stage that was not run."
-    stage:str   # name of the stage's function
-    inputs:dict # what it was asked for with
+    stage:str='' # name of the stage's function
+    inputs:dict=field(default_factory=dict) # what it was asked for with
 
-    def read(self, name): return pd.DataFrame(dict(count=[1], fate='planned'))
+    def read(self, name='', columns=None): return pd.DataFrame(dict(agent='', part='planned', fate='planned', count=[1]))
 
     @property
     def log(self): return {}
@@ -500,7 +500,8 @@ class Planned(Artifact):
 
 # %% ../nbs/api/19_plan.ipynb #001df4bf
 def _said(value): # an input as JSON; a model is its path, an artifact its key
-    if isinstance(value, Artifact): return value.key
+    if isinstance(value, Artifact): return [value.key, value.filter]
+    if inspect.isfunction(value): return value.__qualname__
     if is_dataclass(value): return [type(value).__name__, *(_said(getattr(value, f.name)) for f in fields(value))]
     if isinstance(value, dict): return {str(k): _said(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_said(v) for v in value]
@@ -517,6 +518,12 @@ def _before(planned): # the stages that a stage builds on, the nearest first; no
     queue = [planned]
     for p in queue: queue += _within(p.inputs, Planned)
     return queue[1:]
+
+def _first(value): return value[0] if isinstance(value, tuple) else value # the turns, without the scores beside them
+
+def _split(stage): # that a stage samples, or whose turns it is about
+    filtered = dict(stage.inputs['problems'].filter) if 'problems' in stage.inputs else {}
+    return filtered['split'] if 'split' in filtered else _split(_first(stage.inputs['turns']))
 
 # %% ../nbs/api/19_plan.ipynb #1a675b2f
 BENCHMARKS = { # problems
@@ -561,9 +568,9 @@ def asked(
 )->list[Asked]: # round by round
     "Who is asked in a sampling stage."
     i = stage.inputs
-    problems = count_problems(i['problems'].inputs, i['split'] if 'split' in i else i['turns'].inputs['split'])
-    rounds = dict(sample_alone=_alone, sample_debate=_debate, sample_chain=_chain, tell_refiner=_told, judge_pairs=_judged)[stage.stage](i, problems, plan.prompt_tokens, said)
-    fitted = [_fitted(a, plan, i['max_tokens']) for a in rounds]
+    problems = count_problems(i['problems'].inputs, _split(stage))
+    who = dict(sample_alone=_alone, debate=_debate, sample_tree=_chain, tell_refiner=_told, judge_pairs=_judged)[stage.stage]
+    fitted = [_fitted(a, plan, i['sampling'].max_tokens) for a in who(i, problems, plan.prompt_tokens, said)]
     return [_together(fitted, key) for key in dict.fromkeys((a.round, a.asked.model, a.asked.prompt) for a in fitted)]
 
 # %% ../nbs/api/19_plan.ipynb #4eb54af1
@@ -603,7 +610,7 @@ def _chain(i, problems, prompt, said):
     return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1])) for level, a in enumerate(i['team'])]
 
 def _told(i, problems, prompt, said):
-    passes = problems*math.prod(i['turns'].inputs['branching'])
+    passes = problems*math.prod(_first(i['turns']).inputs['branching'])
     return [_Turn(0, Asked((i['refiner'].name,), i['refiner'].model, prompt + 2*said, passes, passes))]
 
 def _judged(i, problems, prompt, said): # at most: all first answers differ, and each pair is judged in both orders
@@ -620,30 +627,31 @@ def sampling_rows(
     plan,          # whose assumptions count
 )->list[dict]: # a row per round and model
     "What a sampling stage takes."
-    most,mean = asked(stage, plan, stage.inputs['max_tokens']),asked(stage, plan, plan.answer(stage.inputs['max_tokens']))
+    longest = stage.inputs['sampling'].max_tokens
+    most,mean = asked(stage, plan, longest),asked(stage, plan, plan.answer(longest))
     return [_sampling_row(stage, plan, a, b) for a, b in zip(most, mean)]
 
 def _sampling_row(stage, plan, most, mean):
-    i,size,answer = stage.inputs,plan.sizes(most.model),plan.answer(stage.inputs['max_tokens'])
-    served,width = plan.serving,most.prompt+i['max_tokens']
-    rows = max(1, min(i['chunk_answers'], most.answers, (served.get('token_budget') or BUDGET)//width))
+    i,size,longest,chunk = stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,stage.inputs['answers']
+    served,width,answer = plan.serving,most.prompt+longest,plan.answer(longest)
+    rows = max(1, min(chunk, most.answers, (served.get('token_budget') or BUDGET)//width))
     return dict(kind='sample', purpose=i.get('purpose', stage.stage.partition('_')[0]), iteration=i.get('iteration', 1), model=plan.origin(most.model), requests=most.requests, answers=most.answers,
-                tokens=most.answers*answer, prompts=most.answers*mean.prompt, room=_room(plan, most.model, i['max_tokens']), memory=sampling_memory(size, most.model.dtype, rows, width),
-                work=Answering(size, most.model.dtype, **served, requests=most.requests, answers=most.answers, prompt=mean.prompt, answer=answer, most=i['max_tokens'], width=width, chunk=i['chunk_answers']))
+                tokens=most.answers*answer, prompts=most.answers*mean.prompt, room=_room(plan, most.model, longest), memory=sampling_memory(size, most.model.dtype, rows, width),
+                work=Answering(size, most.model.dtype, **served, requests=most.requests, answers=most.answers, prompt=mean.prompt, answer=answer, most=longest, width=width, chunk=chunk))
 
 # %% ../nbs/api/19_plan.ipynb #b7429ea5
 def scoring_rows(
-    stage:Planned, # of a function that scores: its `turns` and `model`
+    stage:Planned, # of a function that scores: its `turns` and `scorer`
     plan,          # whose assumptions count
 )->list[dict]: # one row
     "What a stage with a reward model takes."
-    i,turns = stage.inputs,stage.inputs['turns']
-    said,served,size,dtype = turns.inputs['max_tokens'],plan.serving,plan.sizes(i['model']),i['model'].dtype
+    model,turns = stage.inputs['scorer'].model,_first(stage.inputs['turns'])
+    said,served,size,dtype = turns.inputs['sampling'].max_tokens,plan.serving,plan.sizes(model),model.dtype
     sampled = sampling_rows(turns, plan)
     answers,read = (sum(r[name] for r in sampled) for name in ('answers', 'tokens'))
     read += sum(r['prompts'] for r in sampled)
     longest = max(r['work'].width for r in sampled)
-    return [dict(kind='score', purpose='score', iteration=sampled[0]['iteration'], model=plan.origin(i['model']), answers=answers, tokens=read, room=_room(plan, i['model'], said),
+    return [dict(kind='score', purpose='score', iteration=sampled[0]['iteration'], model=plan.origin(model), answers=answers, tokens=read, room=_room(plan, model, said),
                  memory=scoring_memory(size, dtype, min(read, served.get('token_budget') or BUDGET)),
                  work=Reading(size, dtype, **served, texts=answers, length=math.ceil(read/answers), longest=longest))]
 
@@ -655,8 +663,8 @@ def diversity_rows(
     plan,          # whose assumptions count
 )->list[dict]: # a row per measure that reads
     "What measuring diversity takes."
-    i,debate = stage.inputs,stage.inputs['turns']
-    rounds = [asked(debate, plan, n) for n in (debate.inputs['max_tokens'], plan.answer(debate.inputs['max_tokens']))]
+    i,debate = stage.inputs,_first(stage.inputs['turns'])
+    rounds = [asked(debate, plan, n) for n in (debate.inputs['sampling'].max_tokens, plan.answer(debate.inputs['sampling'].max_tokens))]
     problems,seats = min(i['n'], rounds[0][0].requests),len(debate.inputs['generators'])
     critics,trained = [m for a, m in i['models'].items() if a.startswith('crit')],{m for a, m in i['models'].items() if a.startswith('gen') and m != i['base']}
     pairs = len(trained)*(len(trained)+1)//2
@@ -666,9 +674,10 @@ def diversity_rows(
     return found
 
 def _diversity_row(stage, plan, model, measure, texts, prompts, **reading):
-    said,size = stage.inputs['turns'].inputs['max_tokens'],plan.sizes(model)
+    debate,size = _first(stage.inputs['turns']),plan.sizes(model)
+    said = debate.inputs['sampling'].max_tokens
     longest,length = prompts[0].prompt+said,prompts[1].prompt+plan.answer(said)
-    return dict(kind='read', purpose=measure, iteration=stage.inputs['iteration'], model=plan.origin(model), answers=texts, tokens=texts*length,
+    return dict(kind='read', purpose=measure, iteration=debate.inputs['iteration'], model=plan.origin(model), answers=texts, tokens=texts*length,
                 memory=scoring_memory(size, model.dtype, min(texts*longest, reading['token_budget'])),
                 work=Reading(size, model.dtype, engine='transformers', texts=texts, length=length, longest=longest, itself=True, **reading))
 
@@ -684,19 +693,21 @@ def lesson(
     plan,         # whose assumptions count
 )->Lesson:
     "How much a training set holds, at most."
-    i,turns = data.inputs,data.inputs['turns']
-    said = asked(turns, plan, turns.inputs['max_tokens'])
-    problems = count_problems(turns.inputs['problems'].inputs, turns.inputs['split'])
-    if data.stage == 'build_examples': return _own_turns(i, turns, problems)
-    if data.stage == 'build_judged': return Lesson(_names(turns.inputs['generators']), problems*(len(turns.inputs['generators'])-1), problems*len(turns.inputs['generators']))
-    if data.stage == 'build_role_data': who,contexts = (i['role'],),next(a.requests for a in said if i['role'] in a.agents)
-    else: who,contexts = (i['agent'],) if i.get('data', '').startswith('own') else _team_of(i, turns.inputs),problems
-    per_context = sum(a.answers*len(set(who) & set(a.agents))//len(a.agents) for a in said)//contexts
-    return Lesson(who, *(contexts*n for n in _chosen(per_context, i['selection'], data.stage == 'build_reward_data' or i['data'].endswith('pairs'))))
+    i,turns = data.inputs,_first(data.inputs['turns'])
+    said = asked(turns, plan, turns.inputs['sampling'].max_tokens)
+    problems = count_problems(turns.inputs['problems'].inputs, _split(turns))
+    if data.stage == 'debate_examples': return _own_turns(i, turns, problems)
+    own,selection = i.get('agent', ''),i['selection']
+    who = (own,) if data.stage.startswith('own') else _team_of(turns)
+    contexts = problems if selection.by == 'problem_id' else next(a.requests for a in said if own in a.agents)
+    answers = lambda names: sum(a.answers*len(set(names) & set(a.agents))//len(a.agents) for a in said)//contexts
+    paired,mine = data.stage.endswith('pairs'),data.stage in ('own_pairs', 'hybrid_pairs')
+    return Lesson(who, *(contexts*n for n in _chosen(answers(who), answers((own,) if mine else who), selection, paired)))
 
-def _team_of(i, said): # the agents whose turns may be learnt from
+def _team_of(turns): # the agents whose turns may be learnt from
+    said,filtered = turns.inputs,dict(turns.filter)
     if 'team' in said: return _names(said['team'])
-    return _names(said['generators'] if i.get('round') == 0 or i.get('role') == 'generator' else said['critics'])
+    return _names(said['generators'] if filtered.get('round') == 0 or filtered.get('role') == 'generator' else said['critics'])
 
 def _names(team): return tuple(a.name for a in team)
 
@@ -706,38 +717,42 @@ def _own_turns(i, turns, problems): # a generator's first answer, a critic's las
     rows = problems*sum(1 if a in _names(turns.inputs['generators']) else per for a in i['agents'])
     return Lesson(i['agents'], rows, rows)
 
-def _chosen(n, selection, paired): # rows and texts of a context with `n` answers
+def _chosen(n, mine, selection, paired): # rows and texts of a context with `n` answers, `mine` of which may be the wrong ones
     if not paired: return (min(n, selection.n_positives or n),)*2
-    pairs = min(selection.n_pairs or n*n, (selection.n_positives or n)*(selection.n_negatives or n), n*n//4)
+    wrong = min(mine, n//2) # where the product of right and wrong is largest
+    pairs = min(selection.n_pairs or n*n, (selection.n_positives or n)*(selection.n_negatives or n), wrong*(n-wrong))
     return pairs, min(n, (selection.n_positives or n) + (selection.n_negatives or n), 2*pairs)
 
 # %% ../nbs/api/19_plan.ipynb #51ee5401
 def training_rows(
-    stage:Planned, # of a function that trains: its `init`, `settings`, and `pairs` or `examples`
+    stage:Planned, # of `train`: its `init`, `data` and `objective`
     plan,          # whose assumptions count
 )->list[dict]: # one row
     "What a training takes."
-    i,s,model = stage.inputs,stage.inputs['settings'],stage.inputs['init']
-    data,paired = i['pairs'] if 'pairs' in i else i['examples'],'pairs' in i
-    source,learnt = data.inputs['turns'],lesson(data, plan)
-    updates = s.get('updates') or math.ceil(s.get('epochs', 1.)*learnt.rows/s['batch_size'])
-    longest,length = (_row_length(source, plan, learnt, s, said) for said in (source.inputs['max_tokens'], plan.answer(source.inputs['max_tokens'])))
-    work = Learning(plan.sizes(model), model.dtype if s.get('lora_rank') else 'float32', updates, s['batch_size'], s.get('micro_batch_size') or 0, 1+paired, length, longest,
-                    learnt.texts if stage.stage == 'tune_dpo' else 0, s.get('lora_rank', 0), s.get('quantized', False), launch=i['launch']['strategy'], processes=i['launch']['processes'],
-                    gradient_checkpointing=s.get('gradient_checkpointing', False), adaptable=stage.stage != 'tune_reward')
-    return [dict(kind='tune', purpose=stage.stage, iteration=source.inputs.get('iteration', 1), model=plan.origin(model), updates=updates, rows=updates*work.batch_size,
-                 tokens=updates*work.batch_size*work.texts*length, memory=training_memory(work.size, work.dtype, (work.micro_batch_size or work.batch_size)*work.texts*longest, work.lora_rank),
-                 disk=4*work.trained, resume=12*work.trained if i['checkpoint_every'] else 0, work=work)]
+    i,o,model = stage.inputs,stage.inputs['objective'],stage.inputs['init']
+    source,learnt = _first(i['data'].inputs['turns']),lesson(i['data'], plan)
+    updates,longest = o.updates or math.ceil(o.epochs*learnt.rows/o.batch_size),source.inputs['sampling'].max_tokens
+    widest,length = (_row_length(source, plan, learnt, o, said) for said in (longest, plan.answer(longest)))
+    work = Learning(plan.sizes(model), model.dtype if o.lora_rank else 'float32', updates, o.batch_size, o.micro_batch_size,
+                    len(o.answers), length, widest, learnt.texts if o.reference else 0, o.lora_rank, o.quantized,
+                    launch=i['launch'].strategy, processes=i['launch'].processes,
+                    gradient_checkpointing=o.gradient_checkpointing, adaptable=o.causal)
+    memory = training_memory(work.size, work.dtype, (work.micro_batch_size or work.batch_size)*work.texts*widest, work.lora_rank)
+    kind = type(o).__name__
+    return [dict(stage=f'train {kind}', kind='tune', purpose=kind, iteration=source.inputs.get('iteration', 1),
+                 model=plan.origin(model), updates=updates, rows=updates*work.batch_size,
+                 tokens=updates*work.batch_size*work.texts*length, memory=memory, disk=4*work.trained,
+                 resume=12*work.trained if i['checkpoint_every'] else 0, work=work)]
 
-def _row_length(source, plan, learnt, s, said): # tokens of a row: the longest prompt among those of its agents, and an answer
+def _row_length(source, plan, learnt, objective, said): # tokens of a row: the longest prompt among those of its agents, and an answer
     prompt = max(a.prompt for a in asked(source, plan, said) if {*a.agents} & {*learnt.agents})
-    return min(prompt+said, s.get('max_length', MAX_LENGTH))
+    return min(prompt+said, objective.max_length)
 
 # %% ../nbs/api/19_plan.ipynb #ad456c47
 _COUNTS = ['requests', 'answers', 'prompts', 'tokens', 'updates', 'rows', 'disk', 'resume']
 
-ROWS = dict.fromkeys(('sample_alone', 'sample_debate', 'sample_chain', 'tell_refiner', 'judge_pairs'), sampling_rows) | dict(
-    score_turns=scoring_rows, measure_diversity=diversity_rows, tune_sft=training_rows, tune_dpo=training_rows, tune_reward=training_rows) # by the function of a stage
+ROWS = dict.fromkeys(('sample_alone', 'debate', 'sample_tree', 'tell_refiner', 'judge_pairs'), sampling_rows) | dict(
+    reward=scoring_rows, measure_diversity=diversity_rows, train=training_rows) # by the function of a stage
 
 def _title(model): return model.path.split('/')[-1]
 
@@ -772,8 +787,9 @@ class Plan:
 
     def stage(self, fn, **inputs)->Planned:
         "Note a stage; its result is a promise."
+        check_inputs(fn, inputs)
         key = key_of([fn.__name__, _said(inputs)])
-        stage = Planned(key, Path('planned')/f'{fn.__name__}-{key[:16]}', fn.__name__, inputs)
+        stage = Planned(key, Path('planned')/f'{fn.__name__}-{key[:16]}', stage=fn.__name__, inputs=inputs)
         self.planned[str(stage.path)],self.asked[key] = stage,self.asked.get(key, 0)+1
         rows = self.rows(stage) if self.asked[key] == 1 else []
         tokens = sum(row['tokens'] for row in rows)
@@ -846,18 +862,19 @@ def teachers(
     "Which models' texts train other models, whose scores choose what others learn from, and whose texts others learn to answer."
     found = {}
     for stage in plan.planned.values():
-        if not stage.stage.startswith('tune'): continue
-        data,pupil = stage.inputs.get('pairs') or stage.inputs['examples'],plan.origin(stage.inputs['init'])
+        if stage.stage != 'train': continue
+        data,pupil = stage.inputs['data'],plan.origin(stage.inputs['init'])
         for what, model in _sources(data, plan):
             source = plan.origin(model)
             if source.path != pupil.path: found.setdefault((what, licence(source), _title(source)), {})[_title(pupil)] = None
     return {key: list(pupils) for key, pupils in found.items()}
 
 def _sources(data, plan): # what a training set holds, and of whom
-    said,learnt,judges = data.inputs['turns'].inputs,lesson(data, plan).agents,[p for p in _before(data) if p.stage in ('score_turns', 'judge_pairs')]
+    said,learnt = _first(data.inputs['turns']).inputs,lesson(data, plan).agents
+    judges = [p for p in _before(data) if p.stage in ('reward', 'judge_pairs')]
     speakers = list(said['team']) if 'team' in said else [*said['generators'], *said['critics'], *filter(None, [said['summarizer']])]
     yield from (('texts', a.model) for a in speakers if a.name in learnt)
-    yield from (('scores', model) for p in judges for model in ([p.inputs['model']] if 'model' in p.inputs else [c.model for c in p.inputs['critics']]))
+    yield from (('scores', model) for p in judges for model in ([p.inputs['scorer'].model] if 'scorer' in p.inputs else [c.model for c in p.inputs['critics']]))
     if 'branching' in said or said.get('rounds', 1) > 1: yield from (('prompts', a.model) for a in speakers if a.name not in learnt)
 
 # %% ../nbs/api/19_plan.ipynb #7dbe5a72

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARITHMETIC', 'repository', 'runs_root', 'whole', 'write_json', 'canonical', 'key_of', 'code_behind',
            'libraries_behind', 'source_hash', 'own_hash', 'device_kind', 'accelerator', 'visible_gpus', 'vllm_version',
-           'Draft', 'Artifact', 'scored', 'StaleCode', 'Run', 'provenance', 'command_for', 'without_secrets', 'runs']
+           'Draft', 'Artifact', 'scored', 'check_inputs', 'StaleCode', 'Run', 'provenance', 'command_for',
+           'without_secrets', 'runs']
 
 # %% ../nbs/api/10_runs.ipynb #0ebf2442
 import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re, shlex
@@ -483,7 +484,11 @@ def scored(
     return with_scores(said, found, *found['name'].unique())
 
 # %% ../nbs/api/10_runs.ipynb #b8e647da
-def _check_inputs(fn, inputs): # before anything is read
+def check_inputs(
+    fn:Callable, # a stage
+    inputs:dict, # that it is given
+):
+    "Refuse inputs that a stage does not take, or lacks, before anything is read."
     takes = {name: p for name, p in _parameters(fn).items() if name not in ('draft', 'map_chunks')}
     for name in inputs:
         close = difflib.get_close_matches(name, takes, 1)
@@ -563,7 +568,7 @@ class Run:
 
     def stage(self, fn:Callable, **inputs)->Artifact:
         "The artifact of `fn` with these inputs: found if it was made before, made otherwise."
-        _check_inputs(fn, inputs)
+        check_inputs(fn, inputs)
         spec = _spec(fn, inputs)
         artifact = Artifact(key_of(spec), self.artifacts/f"{fn.__name__}-{key_of(spec)[:16]}")
         self.tell(begins=fn.__name__, iteration=inputs.get('iteration', 0))
