@@ -10,8 +10,8 @@ import argparse, json, os, resource, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 
-ENGINE_AND_TRAINER = ('sample_alone', 'sample_debate', 'sample_chain', 'tell_refiner', 'measure_diversity', 
-                      'score_turns', 'tune_reward', 'tune_sft', 'tune_dpo')
+ENGINE_AND_TRAINER = ('sample_alone', 'debate', 'sample_tree', 'tell_refiner', 'judge_pairs', 'measure_diversity',
+                      'reward', 'train')
 
 
 def cpu_seconds(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mapo.runs import Run, stage
+from mapo.runs import Run, scored
 
 PARTS = ('sampling', 'grading', 'pairs', 'report', 'figures')
 AGENTS, SAMPLES, SEEDS = ('ada', 'bob', 'cleo'), 8, 5
@@ -35,16 +35,15 @@ STEPS = [ # four ways of writing each of four steps
 ENDINGS = dict(whole='#### {}', fraction='The answer is $\\boxed{{{}}}$.', surd='The answer is $\\boxed{{{}}}$.')
 
 
-@stage()
-def word_problems(draft, *, count:int):
+def word_problems(count:int):
     "Problems of three forms: whole numbers, fractions, and, one in twenty, roots, which two right answers write in two ways."
     a, b, c, d = np.random.default_rng(0).integers(2, 99, (4, count))
     form = np.where(np.arange(count) % 20 == 19, 'surd', np.where(np.arange(count) % 2, 'fraction', 'whole'))
     answer = [f'{w}\\sqrt{{{z}}}' if f == 'surd' else str(w*x + y) if f == 'whole' else f'\\frac{{{w*x + y}}}{{{z}}}' for f, w, x, y, z in zip(form, a, b, c, d)]
     question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are to be shared out evenly among {z} families ({f}, lot {i}). What does each take home?'
                 for i, (f, w, x, y, z) in enumerate(zip(form, a, b, c, d))]
-    draft.write('problems', pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(count)], question=question, answer=answer, solution='', kind=np.where(form == 'whole', 'number', 'math'),
-                                              split='train', source='scale')))
+    return pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(count)], question=question, answer=answer, solution='',
+                             kind=np.where(form == 'whole', 'number', 'math'), split='train', source='scale'))
 
 
 @lru_cache(64)
@@ -68,11 +67,11 @@ def script(skill):
 
 # the parts
 
-@stage()
 def sample_scripted(draft, *, problems, n:int, chunk_answers:int):
     "Every agent answers every problem; chunks are written when they are finished, as for any engine."
     from mapo.agents import Agent, Model, Role, Team
-    from mapo.engines import Sampling, ScriptedEngine
+    from mapo.agents import Sampling
+    from mapo.engines import ScriptedEngine
     from mapo.sampling import ask_alone, sample_turns
     team = Team('scale', [Agent(name, Model(name, 'tiny:products'), Role('generator', 'Solve the problem step by step.\n\n{question}')) for name in AGENTS])
     engines = {name: ScriptedEngine(script(skill), name) for name, skill in zip(AGENTS, (.5, .6, .7))}
@@ -82,13 +81,11 @@ def sample_scripted(draft, *, problems, n:int, chunk_answers:int):
     draft.log |= dict(turns=len(turns), characters=round(turns['text'].str.len().mean()), distinct=round(turns['text'].nunique()/len(turns), 2))
 
 
-@stage()
 def make_record(draft, *, turns, scores):
     "What a paper's record keeps of graded answers, and its tables with intervals."
     from mapo.evaluation import accuracy, compact, compare
-    from mapo.methods import scored
     from mapo.report import claims_table, results_table, save_record, save_table
-    table = scored(turns, (scores,), 'answer', 'correct')[['agent', 'problem_id', 'sample', 'answer', 'correct']]
+    table = scored(turns, scores)[['agent', 'problem_id', 'sample', 'answer', 'correct']]
     place, each = table['problem_id'].str[1:].astype(int), SAMPLES//len(ARMS)
     dealt = table.assign(arm=np.array(ARMS)[table['sample']//each], sample=table['sample'] % each, greedy=table['sample'] % each == each - 1, seed=place % SEEDS,
                          problem_id='q' + (place//SEEDS).astype(str))
@@ -101,7 +98,6 @@ def make_record(draft, *, turns, scores):
     for name, made in tables.items(): save_table(made, draft.path, name)
 
 
-@stage()
 def draw_record(draft, *, record):
     "Every figure and table of the record."
     from mapo.report import redraw
@@ -110,14 +106,15 @@ def draw_record(draft, *, record):
 
 def artifacts(run, turns, part):
     "What a part makes, the turns it came from first; the parts before it are there already."
-    from mapo.methods import build_data, grade_turns
-    from mapo.pairs import Selection
+    from mapo.pairs import Selection, hybrid_pairs
+    from mapo.rewards import grade
     problems = run.stage(word_problems, count=-(-turns//(len(AGENTS)*SAMPLES*SEEDS))*SEEDS)
     said = run.stage(sample_scripted, problems=problems, n=SAMPLES, chunk_answers=CHUNK)
     if part == 'sampling': return said, [said]
-    graded = run.stage(grade_turns, turns=said, problems=problems)
+    graded = run.stage(grade, turns=said, problems=problems)
     if part == 'grading': return said, [graded]
-    if part == 'pairs': return said, [run.stage(build_data, turns=said, scores=(graded,), agent=name, data='hybrid_pairs', selection=Selection()) for name in AGENTS]
+    how = dict(turns=(said, graded), contexts=said, selection=Selection(missed=True))
+    if part == 'pairs': return said, [run.stage(hybrid_pairs, agent=name, **how) for name in AGENTS]
     record = run.stage(make_record, turns=said, scores=graded)
     return said, [record if part == 'report' else run.stage(draw_record, record=record)]
 

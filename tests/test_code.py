@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -13,39 +14,45 @@ import pytest
 
 import mapo
 from conftest import REPO
-from mapo import malt, mars_po, methods, multiagent_ft, runs, tiny
+from mapo import experiment, malt, mars_po, methods, multiagent_ft, pairs, rewards, runs, sampling, tiny
 from mapo.rewards import example_turns, grade
-from mapo.runs import Run, StaleCode, code_behind, own_hash, source_hash, stage
+from mapo.runs import Run, StaleCode, code_behind, libraries_behind, own_hash, source_hash
 
-# stage -> (a function that it calls through another one, a function of its module that it never reaches)
+# stage -> (a function that it calls through another one, a function that it never reaches)
 STAGES = {
-    'make_problems': ('problems.split_problems', 'methods.sample_alone'),
-    'sample_alone': ('sampling.plan_chunks', 'methods.benchmark'),
-    'sample_debate': ('sampling.ask_critics', 'methods.benchmark'),
-    'vote_turns': ('rewards.canonical_answers', 'methods.sample_alone'),
-    'grade_turns': ('answers.Grader', 'methods.vote_turns'),
-    'score_turns': ('rewards.bare_question', 'methods.benchmark'),
-    'flip_scores': ('rewards.seeded_draw', 'methods.grade_turns'),
-    'judge_turns': ('answers.extract_answer', 'methods.benchmark'),
-    'build_data': ('pairs.cross', 'methods.tune_dpo'),
-    'build_reward_data': ('pairs.winners', 'methods.tune_dpo'),
-    'tune_sft': ('training.example_tokens', 'methods.tune_dpo'),
-    'tune_dpo': ('training.pair_tokens', 'methods.tune_sft'),
-    'tune_reward': ('training.reward_tokens', 'methods.tune_dpo'),
-    'build_examples': ('pairs.corrected_and_kept', 'multiagent_ft.learn'),
-    'judge_pairs': ('sampling.fit', 'multiagent_ft.learn'),
-    'build_judged': ('pairs.cross', 'multiagent_ft.learn'),
-    'measure_diversity': ('diversity.unit_vectors', 'multiagent_ft.learn'),
-    'sample_chain': ('sampling.ask_under', 'malt.learn'),
-    'value_turns': ('rewards.parent_rows', 'malt.learn'),
-    'build_role_data': ('pairs.cross', 'malt.learn'),
-    'tell_refiner': ('sampling.fit', 'malt.learn'),
-    'make_harder': ('problems._expressions', 'malt.learn'),
-    'prompt_tokens': ('engines.local_folder', 'malt.learn'),
-    'make_agent': ('tiny._trained', 'tiny.tiny_agent'),
+    methods.make_problems: ('problems.split_problems', 'sampling.sample_alone'),
+    sampling.sample_alone: ('sampling.plan_chunks', 'sampling.ask_critics'),
+    sampling.debate: ('sampling._reply', 'sampling.ask_under'),
+    sampling.sample_tree: ('sampling.plan_chunks', 'sampling.ask_critics'),
+    rewards.grade: ('answers.Grader', 'rewards.vote'),
+    rewards.majority: ('rewards.canonical_answers', 'rewards.grade'),
+    rewards.reward: ('rewards.problem_facts', 'rewards.grade'),
+    rewards.flip_labels: ('rewards.score_rows', 'rewards.grade'),
+    rewards.judge_turns: ('answers.extract_answer', 'rewards.grade'),
+    pairs.own_positives: ('pairs.teach', 'pairs.cross'),
+    pairs.hybrid_positives: ('pairs.with_mistakes', 'pairs.cross'),
+    pairs.own_pairs: ('pairs.cross', 'pairs.teach'),
+    pairs.hybrid_pairs: ('pairs.winners', 'pairs.teach'),
+    pairs.pooled_pairs: ('pairs.losers', 'pairs.teach'),
+    pairs.reward_pairs: ('pairs.winners', 'pairs.own_contexts'),
+    pairs.value_turns: ('rewards.parent_rows', 'pairs.winners'),
+    methods.train: ('training.objective_tokens', 'methods.benchmark'),
+    multiagent_ft.debate_examples: ('pairs.corrected_and_kept', 'multiagent_ft.learn'),
+    multiagent_ft.judge_pairs: ('sampling.fit', 'multiagent_ft.learn'),
+    multiagent_ft.measure_diversity: ('diversity.unit_vectors', 'multiagent_ft.learn'),
+    malt.tell_refiner: ('sampling.fit', 'malt.learn'),
+    malt.make_harder: ('problems._expressions', 'malt.learn'),
+    malt.prompt_tokens: ('engines.local_folder', 'malt.learn'),
+    tiny.make_agent: ('tiny._trained', 'tiny.tiny_agent'),
 }
-DEFINED = {name: fn for module in (methods, mars_po, multiagent_ft, malt, tiny) for name, fn in vars(module).items()
-           if isinstance(getattr(fn, 'stage', None), dict)}
+BY_NAME = {fn.__name__: fn for fn in STAGES}
+
+
+def asked_for(module):
+    "The functions that a module gives to `run.stage`."
+    calls = [n for n in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(n, ast.Call)]
+    asked = [n.args[0] for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr == 'stage' and n.args]
+    return {vars(module)[n.id] for n in asked if isinstance(n, ast.Name) and n.id in vars(module)}
 
 
 @pytest.fixture
@@ -101,14 +108,17 @@ def other_words(source):
 
 
 def test_every_stage_is_in_the_table():
-    assert set(DEFINED) == set(STAGES)
+    "Under a name of its own, since a key begins with it."
+    used = set().union(*map(asked_for, (experiment, mars_po, multiagent_ft, malt)))
+    used |= {arm.data for arm in mars_po.ARMS if arm.data} | {pairs.own_positives, pairs.own_pairs, rewards.judge_turns}
+    assert used == set(STAGES) and len(BY_NAME) == len(STAGES)
 
 
-@pytest.mark.parametrize('name', STAGES)
-def test_a_stage_notices_what_it_reaches_and_nothing_else(name, sources):
-    near, far = DEFINED[name], STAGES[name]
+@pytest.mark.parametrize('near', STAGES, ids=lambda fn: fn.__name__)
+def test_a_stage_notices_what_it_reaches_and_nothing_else(near, sources):
+    far = STAGES[near]
     before = source_hash(near)
-    for place in STAGES[name]: edit(sources, place, other_words)
+    for place in far: edit(sources, place, other_words)
     assert source_hash(near) == before, 'a comment or a docstring'
     edit(sources, far[1], other_code)
     assert source_hash(near) == before, far[1]
@@ -177,9 +187,7 @@ def test_both_forms_of_import_constants_tables_and_bases(package, module, old, n
 
 def test_a_users_stage_has_another_key_when_its_code_differs(tmp_path):
     def numbers(factor):
-        @stage(version=1)
-        def made(draft, *, n):
-            draft.write('numbers', pd.DataFrame(dict(x=[factor*n])))
+        def made(n): return pd.DataFrame(dict(x=[factor*n]))
         return made
     run = Run('own', {}, root=tmp_path)
     assert run.stage(numbers(2), n=1).key != run.stage(numbers(3), n=1).key == run.stage(numbers(3), n=1).key
@@ -195,12 +203,34 @@ def test_a_function_as_an_input(tmp_path):
     assert 'mapo.problems.split_problems' in runs._code_of(methods.make_problems, dict(how=(methods.benchmark,)))
 
 
+def test_libraries_are_found_in_the_code():
+    "Those that do a stage's arithmetic, through helpers, inner imports and other processes."
+    arithmetic = lambda fn: libraries_behind(fn) & set(runs.ARITHMETIC)
+    assert arithmetic(grade) == {'math_verify'} and arithmetic(pairs.hybrid_pairs) == set()
+    assert {'torch', 'transformers', 'trl', 'peft'} <= arithmetic(methods.train)
+    assert 'torch' in arithmetic(methods.Serving) and 'torch' not in arithmetic(sampling.debate)
+    def mine(turns):
+        import trl
+        return turns
+    assert arithmetic(mine) == {'trl'}
+
+
+def test_an_objective_of_ones_own_is_keyed_by_its_code():
+    from mapo.objectives import SFT
+    def own(factor):
+        @dataclass(frozen=True)
+        class Scaled(SFT):
+            def loss(self, batch): return factor*super().loss(batch)
+        return Scaled()
+    assert runs.canonical(own(2)) != runs.canonical(own(3)) and runs.canonical(own(2)) == runs.canonical(own(2))
+    assert 'source' not in runs.canonical(SFT())
+
+
 def test_stale_code_is_named(tmp_path, monkeypatch, capsys):
     run = Run('stale', {}, root=tmp_path)
-    @stage(version=1)
-    def graded(draft, *, n):
+    def graded(n):
         from mapo.rewards import grade
-        draft.write('numbers', pd.DataFrame(dict(x=[n])))
+        return pd.DataFrame(dict(x=[n]))
     monkeypatch.delenv('MAPO_STRICT', raising=False)
     run.stage(graded, n=1)
     digest = runs._digest_of
@@ -215,7 +245,7 @@ def test_records_made_by_other_code_say_so():
     "A record whose stages have other code today stands in figures/record/README.md as such, and only such a one."
     page = (REPO/'figures'/'record'/'README.md').read_text()
     said = dict(re.findall(r'^\| (\w+) \| [^|]+ \| [^|]* \| (\w+)', page, re.M))
-    today = {name: {source_hash(fn)} for name, fn in DEFINED.items()}
+    today = {name: {source_hash(fn)} for name, fn in BY_NAME.items()}
     for manifest in sorted((REPO/'figures'/'record').glob('*/manifest.json')):
         code = json.loads(manifest.read_text()).get('code', {})
         same = bool(code) and all(set(found) == today.get(stage) for stage, found in code.items())

@@ -7,12 +7,12 @@ import pytest
 
 from mapo.cli import checked, notebook, parameters
 from mapo.experiment import Step, checkable, compute, experiment
-from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, build_role_data, make_harder, other_critiques, verdict_row, word_problems
-from mapo.methods import make_problems, nothing_to_learn
-from mapo.pairs import Selection
+from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row, word_problems
+from mapo.methods import make_problems
+from mapo.pairs import Built, Selection, own_pairs, own_positives
 from mapo.report import load_record, redraw
 from mapo.rewards import example_tree
-from mapo.runs import Run, stage
+from mapo.runs import Run
 
 KINDS = 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_right,debate,malt_harder,malt_branching_4'
 SMALL = dict(n_train=4, n_dev=3, n_test=3, n_hard=3, branching=(2, 2, 2), sft_updates=1, dpo_updates=1, batch_size=4)
@@ -51,8 +51,8 @@ def test_the_record_is_drawn(record, tmp_path):
 def test_arms_share_trees_trainings_and_passes(record):
     "malt and malt_one differ in how they are read; star's fine-tuned models are where MALT's DPO begins."
     made = pd.DataFrame(record[0].stages).drop_duplicates('key')
-    assert (made.stage == 'tune_dpo').sum() == 2*2, 'verifier and refiner, with two kinds of tree'
-    assert (made.stage == 'tune_sft').sum() == 2*3 + 1, 'three roles with two kinds of tree, and the generator alone'
+    assert (made.stage == 'train DPO').sum() == 2*2, 'verifier and refiner, with two kinds of tree'
+    assert (made.stage == 'train SFT').sum() == 2*3 + 1, 'three roles with two kinds of tree, and the generator alone'
     rows, _, _ = load_record(record[1])
     one, vote = (rows[rows.arm == arm].set_index('problem_id') for arm in ('malt_one', 'malt'))
     assert (one.n == 3).all() and (vote.n == 1).all() and (one.maj == vote.c).all()
@@ -95,7 +95,7 @@ def test_another_threshold_grows_no_new_tree(runs):
     compute(second, MALT, MALT.settings('smoke', **SMALL | dict(threshold=.2)), 'star_ma', [0], 'dev')
     asked = lambda run: {(s['stage'], s['key']) for s in run.stages}
     made = [stage for stage, key in asked(second) - asked(first)]
-    assert made.count('value_turns') == 1 and made.count('sample_chain') <= 2, 'only the evaluation of newly trained roles'
+    assert made.count('value_turns') == 1 and made.count('sample_tree') <= 2, 'only the evaluation of newly trained roles'
 
 
 def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
@@ -106,11 +106,11 @@ def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
     assert pd.read_parquet(record/'calls.parquet').not_asked.sum() == 3
     readouts = pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists() else {}
     assert len(readouts) == 3 and readouts['after refiner'] == 0
-    with pytest.raises(ValueError, match="star_ma: no examples for agent 'generator'"): compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
+    with pytest.raises(ValueError, match="star_ma: nothing to learn for generator: chosen: "): compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
 
 
 def test_nobody_right_is_one_sentence(runs):
-    with pytest.raises(ValueError, match="malt: no examples for agent 'generator': none of 8 turns is right"):
+    with pytest.raises(ValueError, match="malt: nothing to learn for generator: chosen: 8 wrong"):
         compute(Run('wrong', {}, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
 
 
@@ -119,29 +119,31 @@ def test_a_role_without_pairs_says_why(leaves, fate, tmp_path):
     tree = example_tree(leaves)
     value = float(leaves[0][0])
 
-    @stage()
-    def grown(draft):
-        draft.write('turns', tree.assign(split='train', purpose='train', iteration=1))
-        draft.write('contexts', pd.DataFrame(dict(context_id=tree.context_id.unique())).assign(messages=[[dict(role='user', content='?')]]*tree.context_id.nunique()))
-        draft.write('scores', pd.DataFrame(dict(turn_id=tree.turn_id, name='positive', value=value, label=None, scorer_key='by hand')))
+    def grown():
+        asked = pd.DataFrame(dict(context_id=tree.context_id.unique()))
+        return dict(turns=tree.assign(split='train', purpose='train', iteration=1),
+                    contexts=asked.assign(messages=[[dict(role='user', content='?')]]*len(asked)),
+                    scores=pd.DataFrame(dict(turn_id=tree.turn_id, name='positive', value=value, label=None, scorer_key='by hand')))
 
     run = Run('pairs', {}, root=tmp_path)
     turns = run.stage(grown)
     siblings = Selection(score='positive', by='context_id', n_positives=0, n_negatives=0, n_pairs=0)
-    data = lambda role, kind: run.stage(build_role_data, turns=turns, scores=(turns,), role=role, data=kind, selection=siblings)
-    assert f'2 {fate}' in nothing_to_learn(data('refiner', 'own_pairs'))
-    assert bool(nothing_to_learn(data('verifier', 'own_positives'))) == (value == 0)
-    assert 'nothing to learn for the critic: it was never asked' in nothing_to_learn(data('critic', 'own_positives'))
+    def reason(role, build):
+        data = run.stage(build, turns=(turns.where(agent=role), turns), contexts=turns, agent=role, selection=siblings)
+        return Built(data.read('table'), data.read('counts')).reason
+    assert f'2 {fate}' in reason('refiner', own_pairs)
+    assert bool(reason('verifier', own_positives)) == (value == 0)
+    assert 'it was never asked' in reason('critic', own_positives)
 
 
 def test_a_verifier_that_answers_instead_of_judging_is_counted(tmp_path):
     texts = dict(g='06+08-7#### 41', v1='06+08-7#### 42', v2='<right>#### 41', v3='Verdict: incorrect')
     tree = example_tree([[0], [0], [0]]).query("role != 'refiner'").assign(sample=0, text=lambda t: t.turn_id.map(texts))
 
-    @stage()
-    def said(draft):
-        draft.write('turns', tree)
-        draft.write('scores', pd.DataFrame([dict(turn_id=t, name=n, value=v, label=l, scorer_key='by hand') for t in tree.turn_id for n, v, l in (('answer', np.nan, '41'), ('correct', 0., None))]))
+    def said():
+        scores = [dict(turn_id=t, name=n, value=v, label=l, scorer_key='by hand')
+                  for t in tree.turn_id for n, v, l in (('answer', np.nan, '41'), ('correct', 0., None))]
+        return dict(turns=tree, scores=pd.DataFrame(scores))
 
     talk = Run('verdict', {}, root=tmp_path).stage(said)
     row = verdict_row(Step(MALT.arm('gv'), 0, 1, None, dict(evaluate=(talk, talk))))

@@ -10,7 +10,7 @@ from mapo.cli import checked, main, notebook, parameters
 from mapo.experiment import compute, experiment, write_record
 from mapo.mars_po import ARMS, MARS_PO, MarsPO, reward_scores
 from mapo.report import redraw
-from mapo.runs import Run, stage
+from mapo.runs import Run
 from mapo.tiny import train_tiny
 
 SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4, reward_updates=2)
@@ -92,14 +92,13 @@ def test_the_record_of_every_arm_is_drawn(every, tmp_path):
 
 @pytest.mark.slow
 def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
-    @stage()
     def make_agent(draft, *, name:str, seed:int, share:float): train_tiny(name, seed, draft.path, share=.02)
-    monkeypatch.setattr('mapo.mars_po.make_agent', make_agent)
+    monkeypatch.setattr('mapo.experiment.make_agent', make_agent)
     settings = MARS_PO.settings('smoke', **SMALL, retrain=[1])
     steps = compute(Run('retrain', {}, root=tmp_path), MARS_PO, settings, 'base', [0, 1], 'dev')
     keys = {step.seed: set(step.measured['evaluate'][0].read('turns').model_key) for step in steps}
     assert len(keys[0]) == len(keys[1]) == 3 and not keys[0] & keys[1]
-    with pytest.raises(ValueError, match='seed 1 retrains its agents, which only tiny agents can be'):
+    with pytest.raises(ValueError, match='seed 1 trains its models from scratch, which only tiny ones can be'):
         compute(Run('other', {}, root=tmp_path), MARS_PO, replace(settings, agents=('somebody/model',)), 'base', [1], 'dev')
 
 
@@ -130,12 +129,12 @@ def test_one_more_alpha_trains_again_and_does_not_sample_again(runs):
     experiment(first, MARS_PO, MARS_PO.settings('smoke', **ONCE), 'mars_po', [0], 'dev')
     experiment(second, MARS_PO, MARS_PO.settings('smoke', **ONCE | dict(alpha_first=.9)), 'mars_po', [0], 'dev')
     made = [stage for stage, key in asked(second) - asked(first)]
-    assert made.count('tune_dpo') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
+    assert made.count('train') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
 
 
 def test_nobody_right_is_one_sentence(tmp_path):
     settings = MARS_PO.settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
-    with pytest.raises(ValueError, match='mars_po: no pairs for the reward model from 8 problems'): experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
+    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward model: problems: 8 nothing to choose'): experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
 @pytest.mark.parametrize('command,sentence', [

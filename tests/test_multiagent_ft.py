@@ -10,7 +10,7 @@ from mapo.experiment import experiment
 from mapo.methods import make_problems
 from mapo.multiagent_ft import CLAIMS, CORE, MULTIAGENT_FT, MultiagentFT, discuss, learners, multiagent_ft, speakers
 from mapo.report import claims_table, load_record, redraw
-from mapo.runs import Run, stage
+from mapo.runs import Run
 
 SMALL = dict(n_train=6, n_dev=4, n_test=4, n_transfer=4, n_diversity=4, iterations=1, updates=1, batch_size=4, transfer='')
 
@@ -39,8 +39,7 @@ def chosen(run, settings, name, problems):
 
 @pytest.mark.parametrize('name', [pytest.param('multiagent_ft', marks=pytest.mark.slow), 'majority_ft', 'debate_dpo', 'star'])
 def test_gold_answers_are_read_by_star_alone(name, runs):
-    @stage()
-    def spoilt(draft, *, problems): draft.write('problems', problems.read('problems').assign(answer='-17', solution='no'))
+    def spoilt(problems): return problems.assign(answer='-17', solution='no')
     settings = small(temperature=1.)
     run = Run('honest', {}, root=runs)
     problems = run.stage(make_problems, **settings.problem_set())

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo.pairs import (MESSAGES, NothingToLearn, Selection, as_sampled, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
+from mapo.pairs import (MESSAGES, Selection, as_sampled, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
                         own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners, with_mistakes)
 from mapo.rewards import example_turns
 
@@ -161,7 +161,7 @@ def test_texts_equal_for_the_pair_but_judged_differently_never_meet():
     table, counts = hybrid_pairs(turns, contexts, 'ada', EVERY)
     assert [(c[0]['content'], r[0]['content']) for c, r in zip(table.chosen, table.rejected)] == [('y', 'x')]
     assert counts.query("fate == 'of equal texts'")['count'].tolist() == [1]
-    with pytest.raises(NothingToLearn, match='1 only equal texts'): hybrid_pairs(turns[turns.text == 'x'], contexts, 'ada', EVERY)
+    assert '1 only equal texts' in hybrid_pairs(turns[turns.text == 'x'], contexts, 'ada', EVERY).reason
 
 
 def test_selection_depends_neither_on_the_order_nor_on_other_problems():
@@ -301,7 +301,7 @@ def test_the_order_of_the_turns_decides_nothing_about_critics():
 
 def test_a_seat_without_corrections_has_nothing_to_learn_but_what_it_kept():
     debate = random_debate(0).assign(agrees=1.)
-    with pytest.raises(NothingToLearn, match='nothing to learn for the critic of seat 2: 60 not the last turn, 60 kept over the share'): corrected_and_kept(debate, 2)
+    assert '60 not the last turn, 60 kept over the share' in corrected_and_kept(debate, 2).reason
     assert len(corrected_and_kept(debate, 2, share=0).table) == 60
 
 
@@ -333,5 +333,5 @@ def test_a_summary_is_never_learnt_from(build):
 
 def test_a_summarizer_makes_no_mistakes():
     turns, _ = random_turns(0)
-    with pytest.raises(NothingToLearn, match='it made no mistake'):
-        with_mistakes(turns.assign(role=np.where(turns.agent == 'ada', 'summarizer', 'generator'), correct=0.), 'ada')
+    mute = turns.assign(role=np.where(turns.agent == 'ada', 'summarizer', 'generator'), correct=0.)
+    assert 'no mistake of its own' in with_mistakes(mute, 'ada').reason

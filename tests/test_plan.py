@@ -75,9 +75,9 @@ def test_stages_are_those_of_the_experiment(name, monkeypatch):
 def test_conversations_are_those_of_a_run(talked):
     run, plan = talked
     made, planned = Counter(s['stage'] for s in run.stages), sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
-    assert {k: n for k, n in made.items() if not k.startswith('tune')} == {k: n for k, n in planned.items() if not k.startswith('tune')}
+    assert {k: n for k, n in made.items() if k != 'train'} == {k: n for k, n in planned.items() if k != 'train'}
     table = plan.table.query("kind == 'sample'")
-    for stage in ('sample_alone', 'sample_debate', 'sample_chain'):
+    for stage in ('sample_alone', 'debate', 'sample_tree'):
         found = [pd.read_parquet(p/'turns.parquet') for p in artifacts(run, f'{stage}-')]
         said = table[table.stage == stage]
         assert sum(map(len, found)) == said.answers.sum()
@@ -93,7 +93,7 @@ def test_conversations_are_those_of_a_run(talked):
 @pytest.mark.slow
 def test_lessons_are_those_of_a_run(talked):
     run, plan = talked
-    logs = [json.loads((p/'log.json').read_text()) for p in artifacts(run, 'tune_')]
+    logs = [json.loads((p/'log.json').read_text()) for p in artifacts(run, 'train-')]
     planned = plan.table.query("kind == 'tune'")
     assert planned.updates.sum() >= sum(l['updates'] for l in logs) > 0 # a model that finds nothing to learn is not trained
     assert len(planned) >= len(logs)
@@ -111,19 +111,20 @@ def test_answers_are_those_of_a_run(ran):
     assert planned.requests.sum() == turns.groupby(['purpose', 'iteration', 'context_id', 'model_key', 'agent', 'split']).ngroups
     assert turns.completion_tokens.sum() <= planned.tokens.sum()
     assert turns.prompt_tokens.max() <= plan.prompt_tokens
-    scores = [pd.read_parquet(p/'scores.parquet') for p in artifacts(run, 'score_')]
-    assert plan.table[plan.table.stage == 'score_turns'].answers.sum() == sum(map(len, scores))
+    scores = [pd.read_parquet(p/'table.parquet') for p in artifacts(run, 'reward-')]
+    assert plan.table[plan.table.stage == 'reward'].answers.sum() == sum(map(len, scores))
 
 
 @pytest.mark.slow
 @of('mars_po')
 def test_trainings_are_those_of_a_run(ran):
     run, plan = ran
-    logs = [json.loads((p/'log.json').read_text()) | dict(stage=p.name.split('-')[0]) for p in artifacts(run, 'tune_')]
-    planned = plan.table[plan.table.stage.str.startswith('tune')]
-    assert planned.groupby('stage').updates.sum().to_dict() == {kind: sum(l['updates'] for l in logs if l['stage'] == kind) for kind in {l['stage'] for l in logs}}
+    kind = lambda p: json.loads((p/'manifest.json').read_text())['spec']['inputs']['objective']['type']
+    logs = [json.loads((p/'log.json').read_text()) | dict(stage=f'train {kind(p)}') for p in artifacts(run, 'train-')]
+    planned = plan.table[plan.table.stage.str.startswith('train')]
+    assert planned.groupby('stage').updates.sum().to_dict() == {name: sum(l['updates'] for l in logs if l['stage'] == name) for name in {l['stage'] for l in logs}}
     assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
-    stored = sum((p/'model'/'model.safetensors').stat().st_size for p in artifacts(run, 'tune_'))
+    stored = sum((p/'model'/'model.safetensors').stat().st_size for p in artifacts(run, 'train-'))
     assert planned.disk.sum() <= stored < 1.02*planned.disk.sum() # headers, and the head of a reward model
     assert (planned.resume == 3*planned.disk).all()
 
@@ -300,7 +301,7 @@ def test_nothing_is_started(name, tmp_path):
     (['mars_po', '--machine', 'x'], "there is no machine 'x'"),
     (['mars_po', '--machine', '8xH100-80', '--machine', 'L40S-48'], '--machine names one machine, not 8xH100-80 and L40S-48'),
     (['mars_po', '--answer-tokens', '-1'], 'answer_tokens is a number of tokens, not -1'),
-    (['malt', '--preset', 'paper', '-p', 'lora_rank=0', '--machine', 'A100-80'], 'malt, preset paper, arms core, seeds 0, dev split does not fit on A100-80. tune_sft with Llama-3.1-8B-Instruct: '),
+    (['malt', '--preset', 'paper', '-p', 'lora_rank=0', '--machine', 'A100-80'], 'malt, preset paper, arms core, seeds 0, dev split does not fit on A100-80. train SFT with Llama-3.1-8B-Instruct: '),
 ], ids=lambda w: ' '.join(w) if isinstance(w, list) else '')
 def test_a_mistake_is_one_sentence(words, said, capsys):
     from mapo.cli import main
@@ -383,9 +384,9 @@ def test_training_time_is_counted_by_hand():
 def test_what_is_refused_names_the_shortage_and_what_would_help():
     plan = plan_paper('mars_po', 'paper')
     found = {s.stage: s for s in shortages(plan, machine('8xH100-80'))}
-    assert found['score_turns'].change == dict(tensor_parallel=4) and found['score_turns'].model == 'Qwen2.5-Math-RM-72B'
-    assert found['tune_dpo'].change == dict(launch='fsdp', processes=2) and found['tune_dpo'].others == 2
-    need, over = map(float, re.search(r'([\d.]+) GB a GPU, ([\d.]+) GB more than the 72.0 GB', found['tune_dpo'].text).groups())
+    assert found['reward'].change == dict(tensor_parallel=4) and found['reward'].model == 'Qwen2.5-Math-RM-72B'
+    assert found['train DPO'].change == dict(launch='fsdp', processes=2) and found['train DPO'].others == 2
+    need, over = map(float, re.search(r'([\d.]+) GB a GPU, ([\d.]+) GB more than the 72.0 GB', found['train DPO'].text).groups())
     assert need - over == pytest.approx(72, abs=1) # three digits each
     with pytest.raises(ValueError, match='Everything fits with -p tensor_parallel=4 -p launch=fsdp -p processes=2$'): check_fit(plan, machine('8xH100-80'))
     with pytest.raises(ValueError, match='Together these do not fit every stage'): check_fit(plan, machine('8xA100-40')) # 28 heads, 8 GPUs

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import command
 from mapo.agents import Model
-from mapo.runs import Run, StaleCode, runs, stage, write_json
+from mapo.runs import Run, StaleCode, runs, write_json
 from warm import Warm
 
 EXPERIMENT = """
@@ -59,8 +59,8 @@ def undisturbed(root): return contents(root)
 def test_killed_and_started_again_the_bytes_are_those_of_an_undisturbed_run(undisturbed, tmp_path):
     "Killed in the middle of sampling, started again, killed in the middle of a training, and between two trainings."
     accidents = [lambda: len([*tmp_path.glob('artifacts/sample_alone-*.partial/scratch/chunk-*.jsonl')]) >= 2,
-                 lambda: [*tmp_path.glob('artifacts/tune_dpo-*.partial/model/checkpoints/checkpoint-2/checksums.json')],
-                 lambda: [p for p in tmp_path.glob('artifacts/tune_dpo-*/manifest.json') if p.parent.suffix != '.partial']]
+                 lambda: [*tmp_path.glob('artifacts/train-*.partial/model/checkpoints/checkpoint-2/checksums.json')],
+                 lambda: [p for p in tmp_path.glob('artifacts/train-*/manifest.json') if p.parent.suffix != '.partial']]
     finished = set()
     for happened in accidents:
         kill_when(process := start(tmp_path), happened)
@@ -88,10 +88,9 @@ def test_a_rerun_imports_no_torch(root, undisturbed):
     assert not made(said) and contents(root) == undisturbed
 
 
-@stage(version=1)
-def numbers(draft, *, n):
+def numbers(n):
     "n rows"
-    draft.write('numbers', pd.DataFrame(dict(x=np.arange(n))))
+    return pd.DataFrame(dict(x=np.arange(n)))
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_finished_work(tmp_path, monkeypatch, capsys):
@@ -101,16 +100,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_finished_work(tmp_path, monkeypa
     with pytest.raises(OSError, match='the disk of .* is full: free some space and give the same command again'): run.stage(numbers, n=4)
     monkeypatch.undo()
     assert run.stage(numbers, n=3) == kept
-    assert len(run.stage(numbers, n=4).read('numbers')) == 4
+    assert len(run.stage(numbers, n=4).read()) == 4
 
 
 def test_killed_between_the_manifest_and_the_renaming(tmp_path, monkeypatch):
     "The work is whole, so it is not done again; by other code it is."
     made = []
-    @stage(version=1)
-    def counted(draft, *, n):
+    def counted(n):
         made.append(n)
-        draft.write('numbers', pd.DataFrame(dict(x=np.arange(n))))
+        return pd.DataFrame(dict(x=np.arange(n)))
     run = Run('renaming', {}, root=tmp_path)
     artifact = run.stage(counted, n=3)
     before = artifact.manifest
@@ -133,13 +131,22 @@ def test_other_code_is_an_error_where_that_is_asked_for(tmp_path, monkeypatch):
 
 def test_another_library_version_is_another_key(tmp_path, monkeypatch):
     run = Run('versions', {}, root=tmp_path)
+    def summed(n):
+        import torch
+        return pd.DataFrame(dict(x=[torch.arange(n).sum().item()]))
+    kept, made = run.stage(numbers, n=3), run.stage(summed, n=3)
+    monkeypatch.setattr('mapo.runs._version', lambda library: '0.0')
+    assert run.stage(numbers, n=3).key == kept.key and run.stage(summed, n=3).key != made.key
+
+
+def test_a_raised_version_is_another_key(tmp_path, monkeypatch):
+    run = Run('versions', {}, root=tmp_path)
     made = run.stage(numbers, n=3)
-    monkeypatch.setitem(numbers.stage, 'library torch', '0.0')
+    monkeypatch.setattr(numbers, 'version', 2, raising=False)
     assert run.stage(numbers, n=3).key != made.key
 
 
-@stage(version=1)
-def asked_of(draft, *, model, n): draft.write('numbers', pd.DataFrame(dict(x=np.arange(n))))
+def asked_of(model, n): return pd.DataFrame(dict(x=np.arange(n)))
 
 
 def test_other_weights_under_the_same_name_are_another_key(tmp_path):

@@ -88,9 +88,9 @@ def gpus(tmp_path, monkeypatch):
 HOLD = '''
 import sys, time
 from pathlib import Path
-from mapo.runs import Run, stage
-@stage(device=True)
+from mapo.runs import Run
 def compute(draft, *, who):
+    import torch
     Path(sys.argv[1], who).touch()
     while not Path(sys.argv[1], 'go').exists(): time.sleep(.05)
 Run('r', dict(who=sys.argv[2]), root=sys.argv[1]).stage(compute, who=sys.argv[2])
@@ -414,7 +414,7 @@ def test_an_experiment_runs_on_it_and_says_so(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(next(tmp_path.glob('malt-*/record.json')).read_text())
     assert record['versions']['vllm'] == vllm_version() and record['parameters']['engine'] == 'vllm'
-    sampled = [json.loads((p/'manifest.json').read_text())['spec']['inputs']['serving'] for p in (tmp_path/'artifacts').glob('sample_chain-*') if p.is_dir()]
+    sampled = [json.loads((p/'manifest.json').read_text())['spec']['inputs']['engines'] for p in (tmp_path/'artifacts').glob('sample_tree-*') if p.is_dir()]
     assert sampled and all(s == dict(type='Serving', engine='vllm', version=vllm_version(), tensor_parallel=1, data_parallel=1, token_budget=0) for s in sampled)
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and 'malt  sa: nothing to make; ' in again.stderr
