@@ -827,7 +827,7 @@ def load_reward_model(
 )->tuple[transformers.PreTrainedModel,transformers.PreTrainedTokenizerBase]: # in evaluation mode
     "The weights of a reward model, and its tokenizer."
     net,tokenizer,missing = _classifier(model)
-    if missing: raise ValueError(f"model {model.name!r} is no reward model: {model.path} has no weights {', '.join(missing)}, which would be drawn at random: train one with mapo.training.train_reward")
+    if missing: raise ValueError(f"model {model.name!r} is no reward model: {model.path} has no weights {', '.join(missing)}, which would be drawn at random: train one with mapo.training.train and the objective Reward")
     if net.config.num_labels != 1: raise ValueError(f"model {model.name!r} gives {net.config.num_labels} numbers per answer, a reward model gives 1")
     return net.to(device_for(device)).eval(), tokenizer
 
