@@ -653,7 +653,8 @@ def _mean(tables, what): # compact rows -> `arm, iteration, WHAT, accuracy, low,
 def _sweep(s, by_arm): # `setting, value, arm, accuracy, low, high, se, problems, seeds`; the arm that is varied stands at its own value
     at = dict(branching=s.branching[0], threshold=s.threshold, gap=s.gap, problems='as trained')
     points = {(*step.arm.sweep, step.arm.variant_of, step.arm.name) for step, _ in by_arm if step.arm.sweep}
-    points |= {(setting, at[setting], arm, arm) for setting, _, arm, _ in points}
+    varied,there = {(setting, at[setting], arm) for setting, _, arm, _ in points},{p[:3] for p in points}
+    points |= {(*p, p[2]) for p in varied - there}
     rows = [r.assign(arm=arm, iteration=0, sweep=f'{setting}\t{value}') for setting, value, arm, name in points
             for step, r in by_arm if step.arm.name == name]
     if not rows: return None

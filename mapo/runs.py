@@ -702,7 +702,9 @@ def command_for(
     parameters:dict, # what it was called with
 )->str: # a line for a shell
     "The command that repeats a run."
-    given = ' '.join(f'-p {shlex.quote(f"{k}={v if isinstance(v, str) else json.dumps(v)}")}' for k, v in parameters.items() if v not in (None, ''))
+    named = {k: v for k, v in parameters.items() if k != 'overrides'} | parameters.get('overrides', {})
+    said = {k: v if isinstance(v, str) else json.dumps(v) for k, v in named.items() if v not in (None, '')}
+    given = ' '.join(f"-p {shlex.quote(f'{k}={v}')}" for k, v in said.items())
     return f'mapo run {name} {given}'.strip()
 
 # %% ../nbs/api/10_runs.ipynb #557af6be

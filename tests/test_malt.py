@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mapo.cli import checked, notebook, parameters
+from mapo.cli import checked, settable
 from mapo.experiment import Step, checkable, compute, experiment
 from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row, word_problems
 from mapo.methods import make_problems
@@ -18,15 +18,15 @@ KINDS = 'sa,malt_one,malt,star_ma_vote,gold_sft,gv,gr,malt_shuffled,malt_told_ri
 SMALL = dict(n_train=4, n_dev=3, n_test=3, n_hard=3, branching=(2, 2, 2), sft_updates=1, dpo_updates=1, batch_size=4)
 
 
-def test_the_notebook_offers_every_setting_and_nothing_else():
-    offered = set(parameters(notebook('malt'))) - {'preset', 'arms', 'seeds', 'split', 'record'}
-    assert offered == {f.name for f in fields(Malt)}
+def test_the_command_offers_every_setting_and_says_what_it_is():
+    offered = settable('malt')
+    assert set(offered) == {f.name for f in fields(Malt)} and all(about['help'] for about in offered.values())
 
 
-def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
+def test_every_setting_of_every_preset_is_of_the_type_that_is_said():
     for preset in MALT.presets.values():
         given = {f.name: list(v) if isinstance(v := getattr(preset, f.name), tuple) else v for f in fields(Malt)}
-        assert MALT.settings('tiny', **{k: v for k, v in checked('malt', given).items() if k in given}) == preset
+        assert MALT.settings('tiny', **checked('malt', given)['overrides']) == preset
 
 
 def test_core_holds_the_primary_comparisons_and_every_arm_can_be_asked_for():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mapo.cli import checked, main, notebook, parameters
+from mapo.cli import checked, main, settable
 from mapo.experiment import compute, experiment, write_record
 from mapo.mars_po import ARMS, MARS_PO, MarsPO, reward_scores
 from mapo.report import redraw
@@ -17,15 +17,15 @@ SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations
 ONCE = SMALL | dict(iterations=1)
 
 
-def test_the_notebook_offers_every_setting_and_nothing_else():
-    offered = set(parameters(notebook('mars_po'))) - {'preset', 'arms', 'seeds', 'split', 'record'}
-    assert offered == {f.name for f in fields(MarsPO)}
+def test_the_command_offers_every_setting_and_says_what_it_is():
+    offered = settable('mars_po')
+    assert set(offered) == {f.name for f in fields(MarsPO)} and all(about['help'] for about in offered.values())
 
 
-def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
+def test_every_setting_of_every_preset_is_of_the_type_that_is_said():
     for preset in MARS_PO.presets.values():
         given = {f.name: list(v) if isinstance(v := getattr(preset, f.name), tuple) else v for f in fields(MarsPO)}
-        assert MARS_PO.settings('tiny', **{k: v for k, v in checked('mars_po', given).items() if k in given}) == preset
+        assert MARS_PO.settings('tiny', **checked('mars_po', given)['overrides']) == preset
 
 
 @pytest.mark.parametrize('variant', [pytest.param(dict(lora_rank=4, learning_rate=1e-3), marks=pytest.mark.slow), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 import pandas as pd
 import pytest
 
-from mapo.cli import checked, notebook, parameters
+from mapo.cli import checked, settable
 from mapo.engines import TransformersEngine
 from mapo.experiment import experiment
 from mapo.methods import make_problems
@@ -21,15 +21,15 @@ def small(**changes): return MULTIAGENT_FT.settings('smoke', **SMALL | changes)
 def arm(name): return MULTIAGENT_FT.arm(name)
 
 
-def test_the_notebook_offers_every_setting_and_nothing_else():
-    offered = set(parameters(notebook('multiagent_ft'))) - {'preset', 'arms', 'seeds', 'split', 'record'}
-    assert offered == {f.name for f in fields(MultiagentFT)}
+def test_the_command_offers_every_setting_and_says_what_it_is():
+    offered = settable('multiagent_ft')
+    assert set(offered) == {f.name for f in fields(MultiagentFT)} and all(about['help'] for about in offered.values())
 
 
-def test_every_setting_of_every_preset_is_of_the_type_the_notebook_says():
+def test_every_setting_of_every_preset_is_of_the_type_that_is_said():
     for preset in MULTIAGENT_FT.presets.values():
         given = {f.name: getattr(preset, f.name) for f in fields(MultiagentFT)}
-        assert MULTIAGENT_FT.settings('tiny', **{k: v for k, v in checked('multiagent_ft', given).items() if k in given}) == preset
+        assert MULTIAGENT_FT.settings('tiny', **checked('multiagent_ft', given)['overrides']) == preset
 
 
 def chosen(run, settings, name, problems):

@@ -252,7 +252,9 @@ def test_texts_that_break_naive_code():
 
 def test_no_turns_at_all():
     turns, contexts = random_turns(13)
-    with pytest.raises(ValueError, match="there is no agent 'ada' among the turns: there are none"): own_pairs(turns[:0], contexts, 'ada')
+    for build in (own_pairs, hybrid_pairs, own_positives, pooled_pairs):
+        built = build(turns[:0], contexts, 'ada', Selection(missed=True))
+        assert built.table.empty and built.reason.endswith('it was never asked')
     assert len(distinct(turns[:0], 'correct')) == len(winners(turns[:0]).table) == 0
 
 

@@ -7,7 +7,7 @@ import test_malt
 import test_mars_po
 import test_multiagent_ft
 from conftest import REPO, command
-from mapo.cli import parameters
+from mapo.cli import parameters, settable
 
 PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 
@@ -29,7 +29,7 @@ SMOKE = {
 @pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.xdist_group(p.stem.removesuffix('_rates'))) for p in PAPERS], ids=lambda p: p.stem)
 def test_paper_notebook_runs(path, tmp_path):
     assert path.stem in SMOKE, f'tests/test_papers.py has no small size for {path.name}: add one to SMOKE'
-    known = parameters(path)
+    known = {**parameters(path), **settable(path.stem)} # settings by their own names, as `papermill -p` gives them
     assert set(SMOKE[path.stem]) <= set(known), f'{path.name} has no parameter {set(SMOKE[path.stem]) - set(known)}' # papermill only warns
     given = ['-y', json.dumps(SMOKE[path.stem])] # one of JSON's numbers, lists and texts is YAML's too
     code, output = command('papermill', path, tmp_path/'out.ipynb', '-k', 'python3', '--no-progress-bar', *given,
