@@ -87,7 +87,8 @@ def make_record(draft, *, turns, scores):
     "What a paper's record keeps of graded answers, and its tables with intervals."
     from mapo.evaluation import accuracy, compact, compare
     from mapo.methods import scored
-    from mapo.report import claims_table, results_table, save_record, save_table
+    from mapo.record import save_record
+    from mapo.tables import claims_table, results_table, save_table
     table = scored(turns, (scores,), 'answer', 'correct')[['agent', 'problem_id', 'sample', 'answer', 'correct']]
     place, each = table['problem_id'].str[1:].astype(int), SAMPLES//len(ARMS)
     dealt = table.assign(arm=np.array(ARMS)[table['sample']//each], sample=table['sample'] % each, greedy=table['sample'] % each == each - 1, seed=place % SEEDS,
@@ -104,7 +105,7 @@ def make_record(draft, *, turns, scores):
 @stage()
 def draw_record(draft, *, record):
     "Every figure and table of the record."
-    from mapo.report import redraw
+    from mapo.record import redraw
     redraw(record.path/'record', draft.path)
 
 
@@ -181,7 +182,8 @@ def report(measured, command):
 
 def draw(measured, path):
     "Both on logarithmic scales, with what linear would be."
-    from mapo.report import Picture, figure_style, palette
+    from mapo.figures import Picture, figure_style
+    from mapo.tables import palette
     with figure_style():
         figure = Picture(6.4, 2.9)
         for axes, column, title, unit in zip(figure.subplots(1, 2), ('cpu', 'memory'), ('CPU seconds', 'Peak memory, MiB'), (1e-5, 1e-3)):

@@ -17,7 +17,8 @@ import pandas as pd
 
 from .evaluation import accuracy, compact
 from .methods import Compute, make_problems, nothing_to_learn, scored, tune_dpo, tune_sft
-from .report import arm_label, know_arms, save_record, save_tables
+from .record import save_record, save_tables
+from .tables import arm_label, know_arms
 from .runs import Artifact, Run, write_json
 from .tiny import FORM
 

@@ -20,7 +20,7 @@ from .experiment import Arm, Experiment, Fit, Settings, Step, agents_apart, chec
 from .methods import (build_data, build_reward_data, flip_scores, grade_turns, licensed, nothing_to_learn,
                           sample_alone, score_turns, scored, trained, tune_reward)
 from .pairs import Selection, winners
-from .report import count_pairs
+from .tables import count_pairs
 from .rewards import reward_table
 from .runs import Artifact, Run
 from .tiny import FLAWLESS, FORM, make_agent, solve, written

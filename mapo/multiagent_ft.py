@@ -17,7 +17,8 @@ import pandas as pd
 
 from .agents import Agent, Model, Role, Team
 from .diversity import consensus, embedding_dissimilarity, kl_between, nll_among, over_problems, sentence_encoder
-from .evaluation import accuracy, wilson
+from .evaluation import accuracy
+from .intervals import wilson
 from .experiment import Arm, Experiment, Fit, Settings, Step, fit
 from .methods import (Serving, grade_turns, licensed, make_problems, sample_alone, sample_debate, trained,
                           vote_turns)

@@ -32,7 +32,7 @@ MUTATIONS = [
     Mutation('split filter', 'methods', 'asks = ask_alone(table[table.split == split], team', 'asks = ask_alone(table, team', 'test_mars_po.py'),
     Mutation('weights in a stage\'s key', 'runs', 'return dict(model=value.name, fingerprint=fingerprint(value), licence=value.licence)', 'return dict(model=value.name, licence=value.licence)', 'test_runs.py -k key'),
     Mutation('inputs in a stage\'s key', 'runs', 'spec = fn.stage | dict(inputs=canonical(inputs))', 'spec = fn.stage | dict(inputs=sorted(inputs))', 'test_runs.py -k key'),
-    Mutation('escaping of a formula', 'agents', "if c.isalnum() or c == ' ' else", "if c.isalnum() or c in ' $' else", 'test_report.py'),
+    Mutation('escaping of a formula', 'agents', "if c.isalnum() or c == ' ' else", "if c.isalnum() or c in ' $' else", 'test_tables.py'),
     Mutation('agent in a request\'s seed', 'sampling', 'problem_id, iteration, agent, role, round, list(parent_ids))\n    return int', 'problem_id, iteration, role, round, list(parent_ids))\n    return int', 'test_sampling.py'),
     Mutation('parents in a request\'s seed', 'sampling', 'agent, role, round, list(parent_ids))\n    return int', 'agent, role, round)\n    return int', 'test_sampling.py'),
     Mutation('resume of chunks', 'runs', 'if not path.exists():\n                with whole', 'if True:\n                with whole', 'test_multiagent_ft.py -k killed'),

@@ -4,7 +4,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mapo.evaluation import accuracy, check_rows, cluster_interval, compact, compare, compare_checkpoints, differences, holm, majority, mcnemar, paired, paired_bootstrap, pass_at_k, pool, wilson
+from mapo.evaluation import (accuracy, check_rows, compact, compare, compare_checkpoints, differences, majority,
+                             pass_at_k, pool)
+from mapo.intervals import cluster_interval, holm, mcnemar, paired, paired_bootstrap, wilson
 
 runs = 4000  # a coverage of 95 % is measured to +-.0034 (one standard error), a level of 5 % likewise
 
