@@ -34,8 +34,9 @@ _ink,_grey = '#262626','#4d4d4d'
 house = {
     'font.family': 'DejaVu Sans', 'font.size': 7.5, 'legend.fontsize': 7, 'legend.frameon': False, 'text.color': _ink,
     'axes.titlesize': 8, 'axes.titlelocation': 'left', 'axes.titlepad': 6,
-    'axes.labelsize': 7.5, 'axes.labelcolor': _ink, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6, 'axes.edgecolor': _grey,
-    'axes.grid': True, 'axes.grid.axis': 'y', 'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': .6,
+    'axes.labelsize': 7.5, 'axes.labelcolor': _ink, 'axes.linewidth': .6, 'axes.edgecolor': _grey,
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.grid.axis': 'y',
+    'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': .6,
     'xtick.labelsize': 7, 'xtick.color': _grey, 'xtick.major.width': .6, 'xtick.major.size': 2.5,
     'ytick.labelsize': 7, 'ytick.color': _grey, 'ytick.major.width': .6, 'ytick.major.size': 2.5,
     'lines.linewidth': 1.3, 'lines.markersize': 4, 'lines.markeredgewidth': 0,
@@ -76,7 +77,7 @@ def save_figure(
     for file in files: file.write_bytes(figure._bytes(file.suffix[1:], 200))
     return files
 
-# %% ../nbs/api/12b_figures.ipynb #abf6b6d1
+# %% ../nbs/api/12b_figures.ipynb #5828bc08
 def _plain(text):
     "A text that matplotlib draws as it is: no formula, no control characters."
     return printable(text).replace('$', r'\$')
@@ -103,7 +104,8 @@ def _what(table):
     "What the intervals are."
     if not {'seeds', 'problems'} <= {*table}: return '95 % intervals'
     seeds = table.seeds.max()
-    return f'95 % intervals over {table.problems.max()} problems' + (f' and {seeds} seeds' if seeds > 1 else ', one seed')
+    over = f' and {seeds} seeds' if seeds > 1 else ', one seed'
+    return f'95 % intervals over {table.problems.max()} problems{over}'
 
 # %% ../nbs/api/12b_figures.ipynb #73b1a4d7
 _bar = dict(linewidth=.9, alpha=.75) # an interval

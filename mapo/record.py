@@ -6,7 +6,7 @@
 __all__ = ['save_record', 'save_tables', 'load_record', 'correct_record', 'figure_arms', 'claims_note', 'redraw',
            'compare_to_record']
 
-# %% ../nbs/api/12c_record.ipynb #b9bbc365
+# %% ../nbs/api/12c_record.ipynb #d434152e
 import json
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .evaluation import accuracy, cell, check_rows, compare_checkpoints
+from .evaluation import accuracy, by_problem, cell, check_rows, compare_checkpoints
 from .figures import (plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips, plot_rates,
                           plot_readouts, plot_sweep, plot_teaching, plot_training, save_figure)
-from .intervals import one_seed
+from .intervals import both_vary, one_seed, unpaired
 from .pairs import to_arrow
 from .tables import (arm_label, base_arms, choose_rates, claims_table, comparisons_table, diversity_table,
                          flag_failures, flag_selection, flips_table, in_order, know_arms, measured_units,
@@ -85,7 +85,8 @@ def correct_record(
 )->dict: # the manifest, with `corrections` [{date, words, why}, ...]
     "Replace claims or controls in a record's manifest, and say so in it."
     unknown = [name for name in words if name not in ('claims', 'controls')]
-    if unknown: raise ValueError(f'{unknown[0]!r} was recorded and stays as it is: claims and controls can be corrected')
+    if unknown: raise ValueError(f'{unknown[0]!r} was recorded and stays as it is: '
+                                 'claims and controls can be corrected')
     manifest = _manifest(folder)
     new = {name: value for name, value in words.items() if manifest.get(name) != value}
     if new:
@@ -136,8 +137,8 @@ def _groups(rows, base, shown, run):
 def _rates(table, run):
     "The grid of learning rates, and what was chosen."
     yield 'rates',plot_rates(table, run)
-    yield 'rates',choose_rates(table),('The best rate of each grid on dev; ties: rates within one standard error of the '
-                                       'best.')
+    note = 'The best rate of each grid on dev; ties: rates within one standard error of the best.'
+    yield 'rates',choose_rates(table),note
     yield 'grid',table,''
 
 def _trained(read, shown, run):
@@ -147,14 +148,16 @@ def _trained(read, shown, run):
     if (table := read('training')) is not None: yield 'training',plot_training(table, run, shown.get('training'))
     if (table := read('rates')) is not None: yield from _rates(table, run)
     if (table := read('selection')) is not None:
-        yield 'selection',flag_selection(table),('Chosen positives against their candidates, t over seeds; failure: the '
-            'interval excludes zero, for the source agent after Holm over agents; over arms nothing is corrected.')
+        note = ('Chosen positives against their candidates, t over seeds; failure: the interval excludes zero, for the '
+                'source agent after Holm over agents; over arms nothing is corrected.')
+        yield 'selection',flag_selection(table),note
 
 def _measured(read, base, shown, run):
     "What was measured beside accuracy."
-    ways = dict(diversity=(partial(plot_diversity, base=base), diversity_table, '95 % intervals over problems and seeds.'),
-                readouts=(plot_readouts, readouts_table, 'The same conversations, read in several ways. 95 % intervals.'),
-                flips=(plot_flips, flips_table, "From the first turn's answer to the last's. 95 % intervals."))
+    ways = dict(
+        diversity=(partial(plot_diversity, base=base), diversity_table, '95 % intervals over problems and seeds.'),
+        readouts=(plot_readouts, readouts_table, 'The same conversations, read in several ways. 95 % intervals.'),
+        flips=(plot_flips, flips_table, "From the first turn's answer to the last's. 95 % intervals."))
     for name, (plot, wide, note) in ways.items():
         if (table := read(name)) is None: continue
         yield name,plot(table, run, [a for a in shown.get(name, []) if a in set(table.arm)] or None)
@@ -165,8 +168,8 @@ def _measured(read, base, shown, run):
 def _results(rows, costs, base, run):
     "What every record has."
     if len(costs): yield 'cost',plot_cost(rows, costs, run=run)
-    note = 'Sampled accuracy with 95 % intervals; bold: wholly above every other interval of its column.'
-    yield 'results',results_table(rows, costs),note,('team',)
+    note = '95 % intervals; team and agents sampled; bold: wholly above every other interval of its column.'
+    yield 'results',results_table(rows, costs),f'{note} {both_vary}',('team', 'greedy')
     yield 'accuracy',accuracy(rows, by=('arm', 'iteration', 'agent')),''
     note = 'Every failure signature found; clear: its interval excludes zero.'
     yield 'failures',flag_failures(rows, base),note
@@ -177,16 +180,17 @@ def claims_note(
 )->str: # what stands below its table of claims
     "How verdicts were reached, and what was corrected since."
     say = lambda c: f" {', '.join(c['words']).capitalize()} corrected on {c['date']}: {c['why']}"
-    return ("A claim holds if all its tests are above zero after Holm's correction, over the primary comparisons for those, "
-            'over all further tests for the others; it fails if one is below zero after the correction over its own tests. '
-            f'Control: was b trained?{"".join(map(say, manifest.get("corrections", [])))}')
+    return ("A claim holds if all its tests are above zero after Holm's correction, over the primary comparisons for "
+            'those, over all further tests for the others; it fails if one is below zero after the correction over its '
+            f'own tests. {both_vary} Control: was b trained?{"".join(map(say, manifest.get("corrections", [])))}')
 
 def _comparisons_note(manifest):
     "What a table of comparisons has to say about its list."
     dropped = manifest.get('not_compared', [])
     same = ''.join(f' Not compared: {arm_label(a)} and {arm_label(b)}, {why}.' for a, b, why in dropped)
     more,lists = (', and controls added afterwards', 'each list') if manifest.get('controls') else ('', 'this list')
-    return f'Primary comparisons, named beforehand{more}; p holm: corrected over {lists}, sampled and greedy each.{same}'
+    return (f'Primary comparisons, named beforehand{more}; p holm: corrected over {lists}, sampled and greedy each. '
+            f'{both_vary}{same}')
 
 def _compared(rows, manifest):
     "The tables that compare arms."
@@ -195,8 +199,8 @@ def _compared(rows, manifest):
     if pairs:
         controls = [tuple(c) for c in manifest.get('controls', [])]
         yield 'comparisons',comparisons_table(rows, pairs, controls),_comparisons_note(manifest) + varied
-        note = (f'Descriptive: {one_seed}, seed by seed. Interval: bootstrap of problems; p: McNemar on the problems that '
-                'most of the agents answer right greedily, uncorrected.')
+        note = (f'Descriptive: {one_seed}, seed by seed. Interval: bootstrap of problems; p: McNemar on the problems '
+                'that most of the agents answer right greedily, uncorrected.')
         yield 'checkpoints',compare_checkpoints(rows, pairs),note
     if claims: yield 'claims',claims_table(claims, rows, pairs),claims_note(manifest) + varied
 
@@ -217,19 +221,24 @@ def redraw(
 )->list: # the files written
     "Draw all figures and tables of a paper from its record, the same bytes every time; of a grid's record, the rates."
     run = _manifest(record)['run']
-    save = lambda name, shown, *said: save_table(shown, folder, name, f'{said[0]} Run {run}.'.strip(), *said[1:]) \
-        if isinstance(shown, pd.DataFrame) else save_figure(shown, folder, name)
+    def save(name, shown, note='', best=()):
+        if not isinstance(shown, pd.DataFrame): return save_figure(shown, folder, name)
+        return save_table(shown, folder, name, f'{note} Run {run}.'.strip(), best)
     return [file for drawn in _drawn(record) for file in save(*drawn)]
 
 # %% ../nbs/api/12c_record.ipynb #1e275a87
 def compare_to_record(
     new:pd.DataFrame, # compact rows of this run
     record:pd.DataFrame, # compact rows of the record; only seeds that both have are used
-)->pd.DataFrame: # `arm, iteration, agent, new, record, difference, low, high, agrees` (missing where one side has no such cell)
+)->pd.DataFrame: # `arm, iteration, agent, new, record, difference, low, high`, `agrees` (None: one side lacks the cell)
     "Hold a repeated run against the record, cell by cell."
     seeds,by = set(new.seed) & set(record.seed),['arm', 'iteration', 'agent']
-    summary = lambda rows: accuracy(rows[rows.seed.isin(seeds)] if seeds else rows, by=tuple(by)).set_index(by)[['accuracy', 'se']]
-    both = summary(new).add_suffix('_new').join(summary(record).add_suffix('_record'), how='outer')
-    d,half = both.accuracy_new - both.accuracy_record,1.96*np.hypot(both.se_new, both.se_record)
-    agrees = (d.abs() <= half).astype(object).where(d.notna(), None)
-    return pd.DataFrame(dict(new=both.accuracy_new, record=both.accuracy_record, difference=d, low=d - half, high=d + half, agrees=agrees)).reset_index()
+    sides = [dict(by_problem(rows[rows.seed.isin(seeds)] if seeds else rows, by)) for rows in (new, record)]
+    def row(key):
+        x,y = (side[key].to_numpy() if key in side else None for side in sides)
+        known = x is not None and y is not None
+        d,low,high = map(float, unpaired(x, y)) if known else [np.nan]*3
+        means = [np.nan if side is None else side.mean() for side in (x, y)]
+        found = dict(zip(('new', 'record', 'difference', 'low', 'high'), (*means, d, low, high)))
+        return dict(zip(by, key)) | found | dict(agrees=low <= 0 <= high if known else None)
+    return pd.DataFrame(map(row, sorted({*sides[0], *sides[1]})))

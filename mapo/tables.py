@@ -219,32 +219,31 @@ def _by_arm(table):
     return table.sort_values('arm', key=lambda a: a.map(in_order(a).index), kind='stable', ignore_index=True)
 
 # %% ../nbs/api/12_tables.ipynb #e4da8ed5
-def _others(agents):
-    "One text per arm with its agents."
-    text = agents.agent.astype(str) + ' ' + agents.accuracy.map(number)
-    return text.groupby(agents.arm).agg(' · '.join)
+def _ends(name, found):
+    return found[['accuracy', 'low', 'high']].set_axis([name, f'{name}_low', f'{name}_high'], axis=1)
+
+def _agent_columns(last):
+    "A column for each agent of the first arm's team; the others of an arm in one text."
+    agents = accuracy(last, by=('arm', 'agent')).query("agent != 'team'").set_index('arm')
+    own = sorted(agents.agent[agents.index == in_order(last.arm)[0]])
+    yield from (_ends(name, agents[agents.agent == name]) for name in own)
+    others = agents[~agents.agent.isin(own)]
+    if others.empty: return
+    text = others.agent.astype(str) + ' ' + others.accuracy.map(number)
+    yield text.groupby('arm').agg(' · '.join).rename('other_agents')
 
 def results_table(
     rows:pd.DataFrame, # compact rows
     costs:pd.DataFrame=None, # cost table, see `budget`
-)->pd.DataFrame: # `arm, iteration`, agents, `team`, each with `_low` and `_high`; `greedy`, `seeds`, the budget
-    "Each arm at its last iteration: agents, team, budget."
+)->pd.DataFrame: # `arm, iteration, team, greedy`, agents, each with `_low` and `_high`; `seeds`, the budget
+    "Each arm at its last iteration: team, agents, budget."
     last = last_iteration(rows)
     team = accuracy(last, by=('arm', 'iteration')).set_index('arm')
-    agents = accuracy(last, by=('arm', 'agent')).query("agent != 'team'")
-    own = agents.arm == in_order(last.arm)[0]
-    named = agents.agent.isin(agents.agent[own])
-    table,ends = team[['iteration']].copy(),['accuracy', 'low', 'high']
-    column = lambda name, part: table.__setitem__([name, f'{name}_low', f'{name}_high'], part[ends])
-    for name in sorted(agents.agent[own]): column(name, agents[agents.agent == name].set_index('arm'))
-    if not named.all(): table['other_agents'] = _others(agents[~named])
-    column('team', team)
-    if last.greedy.notna().all():
-        table['greedy'] = accuracy(last, by=('arm',), metric='greedy').set_index('arm').accuracy
-    table['seeds'] = team.seeds
-    if costs is not None:
-        spent = budget(costs).set_index('arm').drop(columns='peak_bytes', errors='ignore')
-        table = table.join(spent).fillna(dict.fromkeys(cost_columns, 0))
+    columns = [team[['iteration']],_ends('team', team)]
+    if last.greedy.notna().all(): columns.append(_ends('greedy', accuracy(last, ('arm',), 'greedy').set_index('arm')))
+    columns += [*_agent_columns(last),team.seeds]
+    if costs is not None: columns.append(budget(costs).set_index('arm').drop(columns='peak_bytes', errors='ignore'))
+    table = columns[0].join(columns[1:]).fillna(dict.fromkeys(cost_columns, 0))
     return table.loc[in_order(table.index)].reset_index()
 
 # %% ../nbs/api/12_tables.ipynb #9f3313f2
