@@ -30,8 +30,9 @@ def _check_graded(table):
     odd = table[~table.correct.isin([0, 1])]
     if len(odd):
         r = odd.iloc[0]
-        raise ValueError(f'{len(odd)} responses have no grade of 0 or 1 (first: problem {r.problem_id!r}, agent {r.agent!r}, '
-                         f"sample {r['sample']}: {r.correct}); an answer that cannot be read is wrong, so grade it 0")
+        first = f"problem {r.problem_id!r}, agent {r.agent!r}, sample {r['sample']}: {r.correct}"
+        raise ValueError(f'{len(odd)} responses have no grade of 0 or 1 (first: {first}); '
+                         'an answer that cannot be read is wrong, so grade it 0')
 
 # %% ../nbs/api/08_evaluation.ipynb #6ba1475b
 def check_rows(
@@ -43,8 +44,8 @@ def check_rows(
     twice = rows.duplicated(keys)
     if twice.any():
         first = ', '.join(f'{k} {v!r}' for k, v in zip(keys, rows.loc[twice, keys].astype(object).to_numpy()[0]))
-        raise ValueError(f'{twice.sum():,} compact rows are there twice (first: {first}): each seed, like every problem, '
-                         'may be counted once; drop the repetition')
+        raise ValueError(f'{twice.sum():,} compact rows are there twice (first: {first}): '
+                         'each seed, like every problem, may be counted once; drop the repetition')
     return rows
 
 # %% ../nbs/api/08_evaluation.ipynb #4ad91f92
@@ -219,8 +220,8 @@ def differences(
     "What `a` gains over `b` on each problem under each seed."
     sides = [part(rows, name) for name in (a, b)]
     lost = [name for name, side in zip((a, b), sides) if side.empty]
-    if lost: raise ValueError(f"there is no arm {lost[0]!r} in the table; there are {', '.join(sorted(set(rows.arm)))}, "
-                              'and ARM@ITERATION or ARM:AGENT of these')
+    if lost: raise ValueError(f"there is no arm {lost[0]!r} in the table; there are {', '.join(sorted(set(rows.arm)))}"
+                              ', and ARM@ITERATION or ARM:AGENT of these')
     if is_itself(rows, a, b): raise ValueError(f"{a!r} and {b!r} are the same rows: an arm is not held against itself")
     x, y = (next(by_problem(side, ['arm'], metric))[1] for side in sides)
     for axis, name in ((0, 'seeds'), (1, 'problems')):

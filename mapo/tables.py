@@ -427,9 +427,8 @@ def flag_selection(
 
 # %% ../nbs/api/12_tables.ipynb #e7f39eff
 def _check_rates(rates):
-    twice = rates[rates.duplicated(['arm', 'learning_rate'])]
-    if len(twice): raise ValueError(f'arm {twice.arm.iloc[0]!r} has learning rate {twice.learning_rate.iloc[0]:g} '
-                                    'twice; average its seeds first')
+    columns = ['arm', 'learning_rate', 'accuracy', 'low', 'high']
+    _check(rates, 'rates', columns, columns[:2])
     sizes = rates.groupby('arm').size()
     if sizes.nunique() > 1: raise ValueError('every arm needs as many learning rates as the others: '
         f'{sizes.idxmax()!r} has {sizes.max()}, {sizes.idxmin()!r} {sizes.min()}')

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from conftest import REPO
-from mapo.intervals import cluster_interval, holm, mcnemar, paired, paired_bootstrap, variation, wilson
+from mapo.intervals import cluster_interval, holm, mcnemar, mean_interval, paired, paired_bootstrap, variation, wilson
 
 runs = 4000  # a coverage of 95 % is measured to +-.0034 (one standard error), a level of 5 % likewise
 
@@ -182,3 +182,10 @@ def test_holm_steps_down():
     "By hand: the smallest p-value times 4, the next times 3, and so on; never less than the one before, never above 1."
     assert np.allclose(holm([.03, .005, .04, .015]), [.06, .02, .06, .045])
     assert np.allclose(holm([.6, .9]), [1, 1])
+
+
+def test_intervals_of_skewed_values_cover_the_mean():
+    "Student's interval on skewed values, as NLL and KL are."
+    draw = np.random.default_rng(0)
+    inside = [low <= 1 <= high for _, _, low, high in (mean_interval(draw.gamma(4, 1/4, 100)) for _ in range(700))]
+    assert .925 < np.mean(inside) < .975
