@@ -165,7 +165,7 @@ def main():
     if args.way and args.way.startswith('train-'): return train(args.way[6:], args.folder, args.model, args.agents, args.rank)
     if args.way: return measure(args.way, args.folder, args.model, args.agents)
     import torch, transformers, peft
-    from mapo.report import markdown
+    from mapo.tables import markdown
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size,extra = prepare(folder, args.model, args.agents, args.rank)

@@ -13,7 +13,7 @@ import torch
 
 from mapo.agents import Model
 from mapo.engines import Request, Sampling, TransformersEngine, load_model
-from mapo.report import formatted, markdown
+from mapo.tables import formatted, markdown
 from mapo.tiny import ROLES, tiny_problems
 
 

@@ -84,7 +84,8 @@ def sample_scripted(draft, *, problems, n:int, chunk_answers:int):
 def make_record(draft, *, turns, scores):
     "What a paper's record keeps of graded answers, and its tables with intervals."
     from mapo.evaluation import accuracy, compact, compare
-    from mapo.report import claims_table, results_table, save_record, save_table
+    from mapo.record import save_record
+    from mapo.tables import claims_table, results_table, save_table
     table = scored(turns, scores)[['agent', 'problem_id', 'sample', 'answer', 'correct']]
     place, each = table['problem_id'].str[1:].astype(int), SAMPLES//len(ARMS)
     dealt = table.assign(arm=np.array(ARMS)[table['sample']//each], sample=table['sample'] % each, greedy=table['sample'] % each == each - 1, seed=place % SEEDS,
@@ -100,7 +101,7 @@ def make_record(draft, *, turns, scores):
 
 def draw_record(draft, *, record):
     "Every figure and table of the record."
-    from mapo.report import redraw
+    from mapo.record import redraw
     redraw(record.path/'record', draft.path)
 
 
@@ -123,7 +124,7 @@ def artifacts(run, turns, part):
 
 def child(part, root, turns):
     "One part at one size, in this process: seconds, and megabytes beside those that the imports hold."
-    import mapo.engines, mapo.methods, mapo.report, mapo.rewards # noqa: F401 imports are in no part's time
+    import mapo.engines, mapo.methods, mapo.record, mapo.rewards # noqa: F401 imports are in no part's time
     run = Run('scale', dict(turns=turns), root=root)
     run.stage(word_problems, count=1).read('problems') # pandas' and pyarrow's first use
     before = peak()
@@ -178,7 +179,8 @@ def report(measured, command):
 
 def draw(measured, path):
     "Both on logarithmic scales, with what linear would be."
-    from mapo.report import Picture, figure_style, palette
+    from mapo.figures import Picture, figure_style
+    from mapo.tables import palette
     with figure_style():
         figure = Picture(6.4, 2.9)
         for axes, column, title, unit in zip(figure.subplots(1, 2), ('cpu', 'memory'), ('CPU seconds', 'Peak memory, MiB'), (1e-5, 1e-3)):

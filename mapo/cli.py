@@ -423,7 +423,7 @@ def verdict(
     comparisons:pd.DataFrame, # of `mapo.evaluation.compare`
 )->str: # a sentence
     "What comparisons say, in words."
-    from mapo.report import arm_label, formatted
+    from mapo.tables import arm_label, formatted
     numbers = formatted(comparisons[['difference', 'low', 'high']])['difference']
     said = {}
     for row, number in zip(comparisons.itertuples(), numbers):
@@ -448,7 +448,7 @@ def found(
     return '\n'.join([run.id, *_numbers(figures), '', *places])
 
 def _numbers(figures): # the table, and what its comparisons say
-    from mapo.report import know_arms, show_table
+    from mapo.tables import know_arms, show_table
     about = figures.parent/'record'/'manifest.json'
     know_arms(json.loads(about.read_text(encoding='utf-8')).get('arms', []) if about.exists() else [])
     if (figures/'rates.md').exists(): return [(figures/'rates.md').read_text(encoding='utf-8').strip()]
@@ -518,7 +518,7 @@ def _publish(args):
 
 # %% ../nbs/api/20_cli.ipynb #ec2f8393
 def _figures(args):
-    from mapo.report import redraw
+    from mapo.record import redraw
     for record in sorted(p.parent for p in (_checkout()/'figures'/'record').glob('*/manifest.json')):
         redraw(record, _checkout()/'figures'/record.name)
         if record.name in notebooks(): draw_notebook(record.name)

@@ -21,7 +21,8 @@ from .agents import Model, Sampling
 from .methods import Compute, make_problems, train
 from .objectives import Objective
 from .pairs import Built
-from .report import arm_label, know_arms, save_record, save_tables
+from .record import save_record, save_tables
+from .tables import arm_label, know_arms
 from .runs import Artifact, Run, scored, write_json
 from .tiny import FORM, make_agent
 
@@ -225,8 +226,8 @@ class Experiment:
     core:tuple=()          # names of the arms that answer the main question; () for all
     always:tuple=()        # names of arms that are run whatever is asked for
     comparisons:tuple=()   # (arm, arm): the primary comparisons, at most five
-    claims:tuple=()        # the paper's, see `mapo.report.claims_table`
-    figures:dict=field(default_factory=dict) # name -> arms, see `mapo.report.figure_arms`
+    claims:tuple=()        # the paper's, see `mapo.tables.claims_table`
+    figures:dict=field(default_factory=dict) # name -> arms, see `mapo.record.figure_arms`
     beyond:Callable=lambda run, s, steps: None # further stages over all steps
     tables:Callable=lambda run, s, steps, found: {} # further tables of the record by file name; `found` is what `beyond` returned
 
@@ -334,7 +335,7 @@ def told_apart(
 
 # %% ../nbs/api/15_experiment.ipynb #dcd83e11
 def checkable(
-    claims:list, # as for `mapo.report.claims_table`; `tiny`: why a claim cannot be tested with tiny models
+    claims:list, # as for `mapo.tables.claims_table`; `tiny`: why a claim cannot be tested with tiny models
     arms:dict,   # name -> arm, of those that were run
     s:Settings,
 )->list: # the claims of which a test can be made, with all their tests

@@ -21,7 +21,7 @@ from .methods import Scoring, licensed, trained
 from .objectives import DPO, SFT, Reward
 from .pairs import (Selection, hybrid_pairs, hybrid_positives, own_pairs, own_positives, pooled_pairs, reward_pairs,
                         winners)
-from .report import count_pairs
+from .tables import count_pairs
 from .rewards import flip_labels, grade, reward, reward_table
 from .runs import Artifact, Run, scored
 from .sampling import sample_alone

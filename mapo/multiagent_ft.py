@@ -18,7 +18,8 @@ import pandas as pd
 
 from .agents import Agent, Model, Role, Sampling, Team
 from .diversity import consensus, embedding_dissimilarity, kl_between, nll_among, over_problems, sentence_encoder
-from .evaluation import accuracy, wilson
+from .evaluation import accuracy
+from .intervals import wilson
 from .experiment import Arm, Experiment, Fit, Settings, Step, begins_with, fit
 from .methods import licensed, make_problems, trained
 from .objectives import DPO, SFT

@@ -30,7 +30,7 @@ from .mars_po import MARS_PO
 from .multiagent_ft import MULTIAGENT_FT
 from .agents import Agent, Model, Team, escape, model_folder, printable
 from .methods import LICENCES
-from .report import Shown, show_table
+from .tables import Shown, show_table
 from .runs import Artifact, check_inputs, key_of
 
 # %% ../nbs/api/19_plan.ipynb #af229431

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'NO_ANSWERS', 'READ', 'GOLD', 'MAJORITY', 'score_rows', 'example_turns', 'check_turns', 'answering',
-           'read_answers', 'problem_facts', 'grade', 'with_scores', 'seeded_draw', 'vote', 'canonical_answers',
-           'agrees', 'unread_share', 'Majority', 'majority', 'propagate', 'parent_rows', 'example_tree', 'Tree',
-           'show_tree', 'flip_labels', 'judge_turns', 'bare_question', 'reward', 'concordance', 'order_among_right',
-           'reward_table']
+           'read_answers', 'problem_facts', 'grade', 'with_scores', 'seeded_draw', 'plurality', 'vote',
+           'canonical_answers', 'agrees', 'unread_share', 'Majority', 'majority', 'propagate', 'parent_rows',
+           'example_tree', 'Tree', 'show_tree', 'flip_labels', 'judge_turns', 'bare_question', 'reward', 'concordance',
+           'order_among_right', 'reward_table']
 
 # %% ../nbs/api/05_rewards.ipynb #c370e695
 from contextlib import nullcontext
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from .agents import escape, printable
 from .answers import Grader, canonical_answer, extract_answer
+from .intervals import cluster_interval
 
 # %% ../nbs/api/05_rewards.ipynb #e5cc7619
 SCORE_COLUMNS = ['turn_id', 'name', 'value', 'label', 'scorer_key']
@@ -150,6 +150,19 @@ def seeded_draw(
     return pd.util.hash_array(np.asarray(names, dtype=object), hash_key=f'{seed:016x}'[-16:], categorize=False)
 
 # %% ../nbs/api/05_rewards.ipynb #d547ef67
+def plurality(
+    ballots:pd.DataFrame, # `problem_id`, `answer` (None is no vote), its `weight`, and what else `place` names
+    place:list, # columns: whose answers are counted together
+    seed:int=0, # of the draw between equals
+)->pd.DataFrame: # a row per place, which is its index: `answer`, `weight`, `tie`
+    "The answer with the most weight in each place; a tie goes to the seeded draw of problem and answer, and is marked."
+    said = ballots.dropna(subset='answer').groupby([*place, 'answer'], sort=False)
+    tally = said['weight'].sum().round(9).reset_index()
+    tally['draw'] = seeded_draw(tally['problem_id'].astype(str) + '\n' + tally['answer'], seed)
+    tally['tie'] = tally.groupby([*place, 'weight'])['answer'].transform('size') > 1
+    return tally.sort_values(['weight', 'draw'], ascending=[False, True]).drop_duplicates(place).set_index(place)
+
+# %% ../nbs/api/05_rewards.ipynb #a674dc3a
 def vote(
     turns:pd.DataFrame,    # with the column `answer`, of one split and iteration
     problems:pd.DataFrame, # for the `kind` of their answers
@@ -161,11 +174,8 @@ def vote(
     turns,place = turns[answering(turns)],['problem_id', 'round']
     said = turns[[*place, 'seat']].assign(answer=canonical_answers(turns, problems, grader))
     seats = said.groupby(place, sort=False)['seat'].nunique()
-    said['share'] = 1/said.groupby([*place, 'seat'])['seat'].transform('size')/said.groupby(place)['seat'].transform('nunique')
-    tally = said.dropna(subset='answer').groupby([*place, 'answer'], sort=False)['share'].sum().round(9).reset_index()
-    tally['draw'] = seeded_draw(tally['problem_id'] + '\n' + tally['answer'], seed)
-    tally['tie'] = tally.groupby([*place, 'share'])['answer'].transform('size') > 1
-    best = tally.sort_values(['share', 'draw'], ascending=[False, True]).drop_duplicates(place).set_index(place)
+    said['weight'] = 1/said.groupby([*place, 'seat'])['seat'].transform('size')/said.groupby(place)['seat'].transform('nunique')
+    best = plurality(said, place, seed).rename(columns=dict(weight='share'))
     votes = seats.index.to_frame(index=False).join(best[['answer', 'share', 'tie']], on=place)
     return votes.assign(share=votes['share'].fillna(0.), tie=votes['tie'].eq(True))
 
@@ -420,19 +430,9 @@ def concordance(
     pairs = has.merge(lacks, on='problem_id')
     higher = np.sign(pairs[f'{reward}_x'] - pairs[f'{reward}_y'])/2 + .5
     each = higher.groupby(pairs['problem_id']).mean().to_numpy()
-    share,low,high = _share_interval(each)
+    share,low,high = (each.mean() if len(each) else np.nan),0.,1.
+    if len(each) > 1: low,high = map(float, cluster_interval(each[None])[2:])
     return dict(share=share, low=low, high=high, problems=len(each), pairs=len(pairs))
-
-# %% ../nbs/api/05_rewards.ipynb #67ef9e7c
-def _share_interval(each, confidence=.95): # mean of shares, one per problem, with Wilson's interval at the effective number of trials
-    n = len(each)
-    if n < 2: return (each.mean() if n else np.nan), 0., 1.
-    mean,differ = each.mean(),min((each < 1).sum(), (each > 0).sum())
-    variance = (differ*each.var(ddof=1) + mean*(1 - mean))/(differ + 1)
-    trials = n*mean*(1 - mean)/variance if variance > 0 else n
-    z2 = student.ppf((1 + confidence)/2, n - 1)**2
-    middle,half = (mean + z2/2/trials)/(1 + z2/trials), np.sqrt(z2*(mean*(1 - mean)/trials + z2/4/trials**2))/(1 + z2/trials)
-    return mean, max(0., middle - half), min(1., middle + half)
 
 # %% ../nbs/api/05_rewards.ipynb #57feed13
 def order_among_right(

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mapo.agents import Agent, Model, Team
-from mapo.diversity import (DIVERSITY_COLUMNS, consensus, embedding_dissimilarity, kl_between, mean_interval, nll_among, nll_under, over_problems,
+from mapo.diversity import (DIVERSITY_COLUMNS, consensus, embedding_dissimilarity, kl_between, nll_among, nll_under, over_problems,
                             response_tokens, sentence_encoder)
 from mapo.engines import Sampling, TransformersEngine, load_model, save_model
 from mapo.pairs import to_arrow
@@ -176,13 +176,6 @@ def test_agents_who_share_a_model_are_held_out_by_name(spoken):
     assert len(values) == 24 and (values.agent != values.other).all()
     own = nll_under(PRODUCTS, shared, contexts).set_index('turn_id').value
     np.testing.assert_allclose(values.value, own[values.turn_id], atol=1e-5)
-
-
-def test_intervals_cover_the_mean():
-    "Student's interval on skewed values, as NLL and KL are."
-    draw = np.random.default_rng(0)
-    inside = [low <= 1 <= high for _, _, low, high in (mean_interval(draw.gamma(4, 1/4, 100)) for _ in range(700))]
-    assert .925 < np.mean(inside) < .975
 
 
 def test_an_encoder_of_another_pooling_is_refused(tmp_path):

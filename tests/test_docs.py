@@ -1,5 +1,6 @@
 "The site is whole, and needs nothing but its own folder."
 import json
+import re
 
 from conftest import REPO
 from mapo.docs import broken
@@ -12,7 +13,7 @@ def test_site(copy):
     assert code == 0, output[-4000:]
     site = copy/'_docs'
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
-    named = {f'{p.parent.name}/{p.stem.lstrip("0123456789_")}.html'
+    named = {f'{p.parent.name}/{re.sub("^[0-9]+[a-z]?_", "", p.stem)}.html'
              for folder in ('api', 'papers', 'servers', 'tutorials') for p in (REPO/'nbs'/folder).glob('*.ipynb')}
     assert 'index.html' in pages and not named - pages, named - pages
     assert broken(site) == []

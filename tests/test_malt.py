@@ -10,7 +10,7 @@ from mapo.experiment import Step, checkable, compute, experiment
 from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row, word_problems
 from mapo.methods import make_problems
 from mapo.pairs import Built, Selection, own_pairs, own_positives
-from mapo.report import load_record, redraw
+from mapo.record import load_record, redraw
 from mapo.rewards import example_tree
 from mapo.runs import Run
 

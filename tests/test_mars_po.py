@@ -9,7 +9,7 @@ import pytest
 from mapo.cli import checked, main, settable
 from mapo.experiment import compute, experiment, write_record
 from mapo.mars_po import ARMS, MARS_PO, MarsPO, reward_scores
-from mapo.report import redraw
+from mapo.record import redraw
 from mapo.runs import Run
 from mapo.tiny import train_tiny
 

@@ -9,7 +9,8 @@ from mapo.engines import TransformersEngine
 from mapo.experiment import experiment
 from mapo.methods import make_problems
 from mapo.multiagent_ft import CLAIMS, CORE, MULTIAGENT_FT, MultiagentFT, discuss, learners, multiagent_ft, speakers
-from mapo.report import claims_table, load_record, redraw
+from mapo.record import load_record, redraw
+from mapo.tables import claims_table
 from mapo.runs import Run
 
 SMALL = dict(n_train=6, n_dev=4, n_test=4, n_transfer=4, n_diversity=4, iterations=1, updates=1, batch_size=4, transfer='')
