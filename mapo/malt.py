@@ -61,9 +61,11 @@ class Malt(Settings):
     debaters:int=3               # of the debate; paper: "3 agents"
     rounds:int=3                 # of the debate; paper: "3 rounds"
     temperature:float=1.0        # of sampling; paper: 0.3 (Llama); it is silent on top-p and on tokens per turn
-    sft_updates:int=150          # of each role; paper: 1 to 10 epochs by data size
+    sft_updates:int=150          # of each role; 0 goes by `sft_epochs`
+    sft_epochs:float=2.          # passes over a role's examples; paper: 1 to 10 by data size, "mostly to convergence"
     sft_learning_rate:float=1e-4 # paper: a "multiplier" of 0.1, no absolute rate
-    dpo_updates:int=60           # of each role with pairs; paper: as for SFT, "not always" to convergence
+    dpo_updates:int=60           # of each role with pairs; 0 goes by `dpo_epochs`
+    dpo_epochs:float=1.          # passes over a role's pairs; paper: as for SFT, "not always" to convergence
     dpo_learning_rate:float=1e-5 # paper: a "multiplier" of 0.1, no absolute rate
     beta:float=0.2               # DPO's inverse temperature; paper: 0.2
     batch_size:int=16            # rows per update; paper: 8 (SFT)
@@ -71,7 +73,10 @@ class Malt(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_at_least_one('votes', 'debaters', 'rounds', 'sft_updates', 'dpo_updates', 'batch_size')
+        self.check_at_least_one('votes', 'debaters', 'rounds', 'batch_size')
+        for kind in ('sft', 'dpo'):
+            updates,epochs = getattr(self, f'{kind}_updates'),getattr(self, f'{kind}_epochs')
+            if updates < 1 and epochs <= 0: raise ValueError(f'{kind}_updates=0 goes by {kind}_epochs, which must then be above 0')
         for name in ('threshold', 'gap'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f'{name} must lie in [0, 1], not {getattr(self, name)}')
         if len(self.branching) != len(ROLES) or min(self.branching) < 1: raise ValueError(f'branching must be {len(ROLES)} numbers of at least 1, not {list(self.branching)}')
@@ -137,8 +142,8 @@ class ChainArm(Arm):
 
 # %% ../nbs/api/18_malt.ipynb #f516b840
 G,V,R = ROLES
-def _all_updates(s): return dict(sft_updates=3*s.sft_updates + 2*s.dpo_updates)
-def _long(s): return dict(sft_updates=s.sft_updates + s.dpo_updates)
+def _all_updates(s): return dict(sft_updates=3*s.sft_updates + 2*s.dpo_updates, sft_epochs=3*s.sft_epochs + 2*s.dpo_epochs)
+def _long(s): return dict(sft_updates=s.sft_updates + s.dpo_updates, sft_epochs=s.sft_epochs + s.dpo_epochs)
 def _generator_dpo(s): return dict(generator_dpo=True)
 def _branching(n): return lambda s: dict(branching=(n,)*3)
 def _threshold(x): return lambda s: dict(threshold=x)
@@ -210,29 +215,32 @@ _CRITIC = 'These are the answers of others to the same problem:\n\n{others}Use t
 
 _WORDS = dict(engine='auto', generator_prompt=_SOLVE, verifier_prompt=_VERIFY, refiner_prompt=_REFINE, critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
               temperature=.3, batch_size=8, micro_batch_size=1, lora_rank=16, checkpoint_every=50, chunk_answers=1024)
+_PAPER = dict(n_train=0, n_dev=500, max_tokens=1024, n_pairs=1, sft_updates=0, sft_epochs=2., dpo_updates=0, dpo_epochs=1.,
+              sft_learning_rate=1e-5, dpo_learning_rate=1e-6)
 PRESETS = dict(
     smoke=Malt(n_train=16, n_dev=12, n_test=12, n_hard=12, branching=(2, 2, 2), sft_updates=2, dpo_updates=2),
     tiny=Malt(),
     small=Malt(**dict.fromkeys(ROLES, 'HuggingFaceTB/SmolLM2-360M-Instruct'), **_WORDS | dict(temperature=1.), n_train=500, n_dev=300, max_tokens=320, sft_updates=200, dpo_updates=200, sft_learning_rate=1e-4, dpo_learning_rate=1e-5),
-    paper=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'meta-llama/Llama-3.1-8B-Instruct'), **_WORDS, n_train=0, n_dev=500, max_tokens=1024, sft_updates=1500, dpo_updates=1500, sft_learning_rate=1e-5, dpo_learning_rate=1e-6),
-    paper_qwen=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'Qwen/Qwen2.5-1.5B'), **_WORDS, generator_dpo=True, n_train=0, n_dev=500, max_tokens=1024, sft_updates=1500, dpo_updates=1500, sft_learning_rate=1e-5, dpo_learning_rate=1e-6))
+    paper=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'meta-llama/Llama-3.1-8B-Instruct'), **_WORDS, **_PAPER),
+    paper_qwen=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'Qwen/Qwen2.5-1.5B'), **_WORDS, **_PAPER, generator_dpo=True))
 
 # %% ../nbs/api/18_malt.ipynb #ce3bab7a
 STATED = pd.DataFrame([
     ('models', '"Llama-3.1-8B-Instruct"; "Qwen-2.5-1.5B-Base" (GSM8K only)', 'paper, paper_qwen'),
     ('tree', '"n = 3", so 3, 9 and 27 turns', 'branching = 3, 3, 3'),
     ('positive', 'value > 0.5', 'threshold = 0.5, strictly'),
-    ('pairs', 'siblings; all combinations or some: not said outright', 'all combinations'),
+    ('pairs', 'siblings; all combinations or some: not said outright', 'all combinations (tiny), one per parent (paper)'),
     ('generator', 'SFT only for Llama; DPO helps Qwen, its place only implied', 'generator_dpo = False; True for paper_qwen'),
     ('verifier, refiner', 'SFT, then DPO against the SFT model', 'the same'),
     ('beta', '0.2', '0.2'),
     ('adapters', 'LoRA for SFT and DPO; rank, alpha and modules not stated; an "adapter weight" of 0.2 that is not explained', 'rank 16, ours'),
     ('learning rates', 'a "learning-rate multiplier" of 0.1; no absolute rate', 'SFT 1e-5, DPO 1e-6, ours'),
-    ('epochs', '1 to 10, by data size', '1,500 updates each, ours'),
+    ('epochs', '1 to 10, by data size', '2 (SFT), 1 (DPO), ours'),
+    ('pairs', 'about 2k to 6k per model and benchmark', 'one per parent with a good and a bad child (n_pairs = 1), ours: the plan says how many at most'),
     ('batch', '8 (SFT); DPO not stated', '8'),
     ('temperature', '0.3 (Llama); Qwen not stated', '0.3'),
     ('top-p, tokens per turn', 'not stated', '1; 1,024, ours'),
-    ('training questions', 'GSM8K 7.47k, MATH 7.5k, CSQA 9.74k; one set of models per benchmark', 'n_train = 0: all; a run per source'),
+    ('training questions', 'GSM8K 7.47k, MATH 7.5k, CSQA 9.74k; one set of models per benchmark', 'n_train = 0: all but 500, on which settings are chosen; a run per source'),
     ('evaluation', '4 seeds, each on a random subset; the numbers fit about 100 questions per seed', 'every problem'),
     ('vote', '3 full passes; ties not stated', 'votes = 3; ties by a seeded draw'),
     ('debate', '3 agents, 3 rounds', 'the same')], columns=['setting', 'the paper', 'here'])
@@ -287,8 +295,8 @@ def learn(run:Run, s:Malt, arm:ChainArm, team:Team, turns:Artifact, scores:tuple
 def objective(s:Malt, method:str, seed:int)->Objective:
     "One training of one role; DPO's reference is the model that it starts from."
     how = s.batch() | s.weights() | dict(seed=seed)
-    if method == 'sft': return SFT(**how, updates=s.sft_updates, learning_rate=s.sft_learning_rate)
-    return DPO(**how, updates=s.dpo_updates, learning_rate=s.dpo_learning_rate, beta=s.beta)
+    if method == 'sft': return SFT(**how, updates=s.sft_updates, epochs=s.sft_epochs, learning_rate=s.sft_learning_rate)
+    return DPO(**how, updates=s.dpo_updates, epochs=s.dpo_epochs, learning_rate=s.dpo_learning_rate, beta=s.beta)
 
 # %% ../nbs/api/18_malt.ipynb #578d26e1
 def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:str, purpose:str, seed:int)->tuple[Artifact,Artifact]: # turns and grades

@@ -54,7 +54,8 @@ class MarsPO(Settings):
     beta:float=0.1               # DPO's inverse temperature; the paper is silent, IRPO 0.1
     alpha_first:float=0.1        # weight of the likelihood term in the first iteration; paper: "from 0.1 to 0.4"
     alpha_last:float=0.4         # ... and in the last
-    updates:int=50               # per agent and iteration, the same for all arms; the paper is silent. Its pairs per update: "16"
+    updates:int=50               # per agent and iteration, the same for all arms; 0 goes by `epochs`; the paper is silent. Its pairs per update: "16"
+    epochs:float=1.              # passes over an agent's pairs or examples, per iteration; the paper is silent
     learning_rate:float=3e-5     # of arms that `learning_rates` does not name; paper: "7e-7", for models of 7-8 B
     init:str='previous'          # training starts from the 'previous' iteration's model or the 'initial' one; the paper's agents are trained on
     reference:str='previous'     # DPO's reference is the 'previous' model (IRPO) or the 'initial' one; the paper is silent
@@ -64,8 +65,9 @@ class MarsPO(Settings):
         self.check_one_of('init', 'initial', 'previous')
         self.check_one_of('reference', 'initial', 'previous')
         self.check_one_of('order', 'reward', 'drawn')
-        self.check_at_least_one('n_samples', 'n_evaluate', 'iterations', 'updates', 'batch_size', 'reward_updates')
+        self.check_at_least_one('n_samples', 'n_evaluate', 'iterations', 'batch_size', 'reward_updates')
         if self.source == 'arithmetic': self.check_at_least_one('n_train')
+        if self.updates < 1 and self.epochs <= 0: raise ValueError('updates=0 goes by epochs, which must then be above 0')
         if not self.verified and self.order != 'reward': raise ValueError("verified=False takes the best by reward, so it needs order='reward'")
         if not 0 <= self.flipped <= 1: raise ValueError(f'flipped is a share, from 0 to 1, not {self.flipped}')
 
@@ -103,7 +105,7 @@ class MarsArm(Arm):
 def _no_nll(s): return dict(alpha_first=0., alpha_last=0.)
 def _one_iteration(s):
     alpha = (s.alpha_first+s.alpha_last)/2
-    return dict(iterations=1, updates=s.updates*s.iterations, alpha_first=alpha, alpha_last=alpha)
+    return dict(iterations=1, updates=s.updates*s.iterations, epochs=s.epochs*s.iterations, alpha_first=alpha, alpha_last=alpha)
 def _ranked(s): return dict(verified=False)
 def _drawn(s): return dict(order='drawn')
 def _flipped(s): return dict(flipped=.15)
@@ -144,6 +146,8 @@ CORE = ('base', 'sft_hybrid', 'dpo_nll', 'mars_po')
 _WORDS = 'Solve the problem step by step. End with a line "#### " followed by the final number.\n\n{question}'
 _BOXED = 'Solve the problem step by step, and put the final answer in \\boxed{{}}.\n\n{question}'
 
+_SUPERVISED = ('sft_own', 'sft_hybrid', 'sft_flipped', 'sft_hybrid_same')
+
 PRESETS = dict(
     smoke=MarsPO(n_train=24, n_dev=16, n_test=16, n_samples=4, n_evaluate=2, iterations=2, updates=3, reward_updates=3),
     tiny=MarsPO(learning_rates=dict(sft_own=3e-4, mars_po_one_iteration=1e-5)),
@@ -151,9 +155,12 @@ PRESETS = dict(
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,
                  dtype='bfloat16', source='gsm8k', n_train=2000, n_dev=400, n_test=0, max_tokens=384, micro_batch_size=4, updates=120, learning_rate=1e-6,
                  reward_init='HuggingFaceTB/SmolLM2-360M-Instruct', reward_updates=200, reward_learning_rate=1e-5, checkpoint_every=40, chunk_answers=1024),
-    paper=MarsPO(engine='auto', gradient_checkpointing=True, agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
-                 same_agents=('meta-llama/Llama-3.1-8B-Instruct',)*3, prompt=_BOXED, dtype='bfloat16', source='gsm8k+math', n_train=0, n_dev=500, n_test=0,
-                 max_tokens=1536, micro_batch_size=1, updates=400, learning_rate=7e-7, reward_model='Qwen/Qwen2.5-Math-RM-72B', checkpoint_every=50, chunk_answers=1024))
+    paper=MarsPO(engine='auto', gradient_checkpointing=True,
+                 agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
+                 same_agents=('meta-llama/Llama-3.1-8B-Instruct',)*3, prompt=_BOXED, dtype='bfloat16', source='gsm8k+math',
+                 n_train=0, n_dev=500, n_test=0, max_tokens=1536, micro_batch_size=1, updates=0, epochs=1., learning_rate=7e-7,
+                 learning_rates=dict.fromkeys(_SUPERVISED, 1e-5), reward_model='Qwen/Qwen2.5-Math-RM-72B',
+                 checkpoint_every=50, chunk_answers=1024))
 
 # %% ../nbs/api/16_mars_po.ipynb #f36b7a0d
 def mars_po(
@@ -220,7 +227,7 @@ def learn(run:Run, s:MarsPO, arm:MarsArm, agent:Agent, initial, turns:Artifact, 
     "Choose what one agent learns from, and train it on that."
     data = run.stage(arm.data, turns=(turns, *scores), contexts=turns, agent=agent.name, selection=s.selection(seed))
     start,reference = (initial if which == 'initial' else agent.model for which in (s.init, s.reference))
-    how = s.batch() | s.weights() | dict(updates=s.updates, learning_rate=s.learning_rate, seed=seed)
+    how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, seed=seed)
     objective = DPO(**how, beta=s.beta, alpha=s.alpha(iteration)) if arm.preferences else SFT(**how)
     return fit(run, s, agent.name, objective, start, data, reference)
 

@@ -740,7 +740,7 @@ def training_rows(
     memory = training_memory(work.size, work.dtype, (work.micro_batch_size or work.batch_size)*work.texts*widest, work.lora_rank)
     kind = type(o).__name__
     return [dict(stage=f'train {kind}', kind='tune', purpose=kind, iteration=source.inputs.get('iteration', 1),
-                 model=plan.origin(model), updates=updates, rows=updates*work.batch_size,
+                 model=plan.origin(model), updates=updates, rows=updates*work.batch_size, data=learnt.rows,
                  tokens=updates*work.batch_size*work.texts*length, memory=memory, disk=4*work.trained,
                  resume=12*work.trained if i['checkpoint_every'] else 0, work=work)]
 
@@ -749,7 +749,7 @@ def _row_length(source, plan, learnt, objective, said): # tokens of a row: the l
     return min(prompt+said, objective.max_length)
 
 # %% ../nbs/api/19_plan.ipynb #ad456c47
-_COUNTS = ['requests', 'answers', 'prompts', 'tokens', 'updates', 'rows', 'disk', 'resume']
+_COUNTS = ['requests', 'answers', 'prompts', 'tokens', 'updates', 'rows', 'data', 'disk', 'resume']
 
 ROWS = dict.fromkeys(('sample_alone', 'debate', 'sample_tree', 'tell_refiner', 'judge_pairs'), sampling_rows) | dict(
     reward=scoring_rows, measure_diversity=diversity_rows, train=training_rows) # by the function of a stage
@@ -1041,10 +1041,12 @@ def scoring_table(
 def training_table(
     plan:Plan, # with all its stages
 )->pd.DataFrame: # a row per kind of training and iteration
-    "What is trained."
+    "What is trained: `data` are the rows that there are at most, `rows` those that are seen, `epochs` how often each."
     table = _by(plan.table.query("kind == 'tune'"), 'stage', 'iteration')
+    table['epochs'] = table['rows']/table['data']
     names = dict(held='weights_and_optimizer_GB', work='activations_GB', memory='memory_GB')
-    return table.rename(columns=names)[['stage', 'iteration', 'distinct', 'asked_for', 'updates', 'rows', 'tokens', *names.values()]]
+    columns = ['stage', 'iteration', 'distinct', 'asked_for', 'updates', 'rows', 'data', 'epochs', 'tokens', *names.values()]
+    return table.rename(columns=names)[columns]
 
 # %% ../nbs/api/19_plan.ipynb #ef36916b
 def models_table(
