@@ -1,24 +1,151 @@
-"The site is whole, and needs nothing but its own folder."
+"The site is whole, needs nothing but its own folder, and can be read on a screen, on a phone and at night."
 import json
+import re
+from pathlib import Path
 
-from conftest import REPO
-from mapo.docs import broken
+import pytest
+from nbformat import write
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+import browser
+import docs
+from conftest import REPO, copied
 from warm import Warm
 
+LOOKED_AT = ['index', 'papers/mars_po', 'api/report', 'tutorials/from_one_problem', 'servers/running']
+WIDE = '''(() => [...document.querySelectorAll('main *, header *')].filter(e => {
+    const box = e.getBoundingClientRect(), shown = getComputedStyle(e).visibility != 'hidden' && box.width > 1 && box.height > 1;
+    let p = e.parentElement;
+    while (p && !/auto|scroll/.test(getComputedStyle(p).overflowX)) p = p.parentElement;
+    const end = p && p.tagName != 'HTML' ? Infinity : document.documentElement.clientWidth;
+    return shown && box.right > end + 1 && !e.closest('.katex-mathml');
+}).map(e => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5))()'''
+NAMELESS = '''[...document.querySelectorAll('main img, main svg')].filter(e => !e.closest('.katex') &&
+    !(e.getAttribute('alt') || e.getAttribute('aria-label') || e.querySelector('title'))).length'''
+BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 
-def test_site(copy):
-    "One build, looked at from all sides: pages, links, mathematics, search."
-    code, output = Warm('from mapo.docs import main; main()', said=copy.parent/'said', cwd=copy, PYTHONPATH=copy).wait()
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The site, as `make docs` builds it."
+    copy = copied(tmp_path_factory.mktemp('site')/'mapo-copy')
+    code, output = Warm('import runpy; runpy.run_path("tools/docs.py", run_name="__main__")', said=copy.parent/'said', cwd=copy, PYTHONPATH=copy).wait()
     assert code == 0, output[-4000:]
-    site = copy/'_docs'
+    assert (copy/'README.md').read_text() == (REPO/'README.md').read_text()
+    return copy/'_docs'
+
+
+@pytest.fixture(scope='module')
+def tab(site, tmp_path_factory):
+    "A browser; without one these checks are left out."
+    if not browser.installed(): pytest.skip('no Chromium is installed')
+    with browser.Browser(tmp_path_factory.mktemp('browser')) as tab: yield tab
+
+
+def notebooks(): return [p for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+
+
+def test_the_site_is_whole(site):
+    "Pages, links, mathematics, search; and every page has its place in the sidebar."
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
-    named = {f'{p.parent.name}/{p.stem.lstrip("0123456789_")}.html'
-             for folder in ('api', 'papers', 'servers', 'tutorials') for p in (REPO/'nbs'/folder).glob('*.ipynb')}
-    assert 'index.html' in pages and not named - pages, named - pages
-    assert broken(site) == []
+    named = {p.relative_to(REPO/'nbs').with_name(f'{docs.page_name(p)}.html').as_posix() for p in notebooks()}
+    assert named <= pages, named - pages
+    assert docs.broken(site) == []
     page = (site/'api'/'problems.html').read_text()
-    assert page.index('>Tutorials<') < page.index('tutorials/from_one_problem.html') < page.index('>Papers<') < page.rindex('>API<'), 'the sidebar'
+    sections = re.findall(r'class="sidebar-item-text sidebar-link text-start"[^>]*>\s*<span class="menu-text">([^<]+)', page)
+    assert sections == ['Start', 'Methods', 'Evidence', 'Use it on your own', 'API']
+    listed = set(re.findall(r'href="(?:\.\./)*([\w/]+\.html)" class="sidebar-item-text', page)) | {'api/problems.html'}
+    listed = {p if '/' in p or p == 'index.html' else f'api/{p}' for p in listed}
+    assert named <= listed, f'not in the sidebar of nbs/_quarto.yml: {named - listed}'
     assert 'katex/katex.min.js' in page
+    assert re.search(r'<a[^>]*href="https://mapo.example.org/source"', page), 'the repository'
     index = json.loads((site/'search.js').read_text().removeprefix('window.searchIndex = '))
     assert {'Problems', 'Agents'} <= {entry['title'] for entry in index}
     assert 'search.js' in (site/'site_libs'/'smalldocs.js').read_text()
+
+
+def test_what_few_readers_look_for_is_folded(site):
+    folded = lambda page: re.findall(r'<summary>([^<]+)</summary>', (site/page).read_text())
+    api, paper = folded('api/pairs.html'), folded('papers/mars_po.html')
+    assert 'Source of Selection' in api and 'Errors' in api
+    assert paper[0] == 'Parameters' and {*paper[1:]} == {'Code'}
+    assert not {'Errors', 'Code'} & {*folded('tutorials/from_one_problem.html')}
+
+
+@pytest.mark.parametrize('width', [1400, 390])
+def test_nothing_is_cut_off_and_nothing_comes_from_elsewhere(site, tab, width):
+    for page in LOOKED_AT:
+        tab.show(site/f'{page}.html', width)
+        assert tab.run('document.documentElement.scrollWidth') <= width and tab.run(WIDE) == [], page
+        assert not tab.run(NAMELESS), f'{page}: figures without a text for those who cannot see them'
+        assert tab.asked and not [a for a in tab.asked if not a.startswith(('file:', 'data:'))], page
+
+
+def test_dark_mode_changes_the_page(site, tab):
+    light, dark = (tab.show(site/'index.html', 1400, dark=dark) or tab.run(BACKGROUND) for dark in (False, True))
+    assert light == 'rgb(255, 255, 255)' and max(map(int, re.findall(r'\d+', dark))) < 80, (light, dark)
+    tab.show(site/'index.html', 1400)
+    tab.run("document.querySelector('.quarto-color-scheme-toggle').click()")
+    assert tab.run(f'new Promise(done => setTimeout(() => done({BACKGROUND}), 300))') == dark
+    tab.run('localStorage.clear()')
+
+
+def test_next_and_previous_walk_through_all_pages(site, tab):
+    tab.show(site/'index.html', 1400)
+    follow = lambda side: tab.run(f"document.querySelector('.nav-page-{side} a')?.href")
+    tab.show(after := follow('next'), 1400)
+    assert after.endswith('tutorials/from_one_problem.html') and follow('previous').endswith('/index.html')
+    ways = {p: re.findall(r'nav-page-(?:previous|next)"><a', p.read_text()) for p in site.rglob('*.html')}
+    walked = [p for p in ways if p.stem != 'CONTRIBUTING']
+    assert sorted(len(ways[p]) for p in walked) == [1, 1] + [2]*(len(walked) - 2)
+
+
+def test_search_finds_a_function(site, tab):
+    tab.show(site/'index.html', 1400)
+    found = tab.run('''(async () => {
+        const box = document.querySelector('#quarto-search input');
+        box.value = 'hybrid_pairs'; box.focus(); box.dispatchEvent(new Event('input'));
+        for (let i = 0; i < 40 && !document.querySelector('.search-result'); i++) await new Promise(r => setTimeout(r, 50));
+        return [...document.querySelectorAll('.search-result')].map(a => a.getAttribute('href'));
+    })()''')
+    assert any('api/pairs.html' in link for link in found), found
+
+
+def test_links_are_changed_and_code_is_not():
+    assert docs.relink('See [agents](02_agents.ipynb#Teams) and ![a plot](p.png "Figure 1").', str.upper) == \
+        'See [agents](02_AGENTS.IPYNB#TEAMS) and ![a plot](P.PNG "Figure 1").'
+    assert docs.relink('[`Model`](a.html), not `[x](a.html)`', str.upper) == '[`Model`](A.HTML), not `[x](a.html)`'
+    assert docs.relink('```python\n# see [`Model`](a.html)\n```', str.upper) == '```python\n# see `Model`\n```'
+
+
+@pytest.mark.parametrize('link,target', {
+    'https://host/api/agents.html#team': '/api/agents.html#team',
+    'https://host/api/runs.html#run.stage': '/api/runs.html#run',
+    '02_agents.ipynb#Teams': '/api/agents.ipynb#Teams',
+    '../../figures/mars_po.png': '/figures/mars_po.png',
+    '#Teams': '#Teams',
+    'https://arxiv.org/abs/2411.19039': 'https://arxiv.org/abs/2411.19039'}.items())
+def test_a_link_of_a_notebook_leads_to_the_site(link, target): assert docs.site_link(link, 'nbs/api', 'https://host') == target
+
+
+def test_readme_shows_outputs_and_leads_to_files_of_the_repository(tmp_path):
+    (tmp_path/'nbs').mkdir()
+    table = new_output('display_data', data={'text/markdown': '| agent | right |\n|---|---|\n| a | .5 |'})
+    cells = [new_markdown_cell('# mapo\nRead [agents](api/02_agents.ipynb).'), new_code_cell('#| hide\nimport os'),
+             new_code_cell('#| echo: false\ntable()', outputs=[table])]
+    write(new_notebook(cells=cells), tmp_path/'nbs'/'index.ipynb')
+    assert docs.readme(tmp_path/'nbs'/'index.ipynb') == '# mapo\nRead [agents](nbs/api/02_agents.ipynb).\n\n| agent | right |\n|---|---|\n| a | .5 |\n'
+
+
+def test_a_figure_is_described_by_what_draws_it_or_by_the_prose():
+    cells = [new_markdown_cell('## Results\n\nWhat **each** arm\nreached:'), new_code_cell('draw = lambda rows: plot_agents(rows)\nplot_agents(rows)'),
+             new_code_cell('draw(rows)'), new_markdown_cell('## Cost'), new_code_cell('draw(rows)')]
+    described = [docs.alternative(cells, place) for place in (1, 2, 4)]
+    assert described == ['Results: Accuracy over iterations, a panel per agent.', 'Results: What each arm reached:', 'Cost: Accuracy over iterations, a panel per agent.']
+
+
+def test_a_page_that_lacks_something_is_named(tmp_path):
+    (tmp_path/'api').mkdir()
+    (tmp_path/'api'/'pairs.html').write_text('<h2 id="teams">Teams</h2>')
+    (tmp_path/'index.html').write_text('<a href="api/pairs.html#hybrid">pairs</a> <a href="api/pairs.html#teams">x</a> <img src="https://host/logo.png">')
+    assert docs.broken(tmp_path) == ['index.html loads https://host/logo.png', 'index.html links to api/pairs.html#hybrid, which is not there']
