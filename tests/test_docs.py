@@ -18,7 +18,7 @@ WIDE = '''(() => [...document.querySelectorAll('main *, header *')].filter(e => 
     let p = e.parentElement;
     while (p && !/auto|scroll/.test(getComputedStyle(p).overflowX)) p = p.parentElement;
     const end = p && p.tagName != 'HTML' ? Infinity : document.documentElement.clientWidth;
-    return shown && box.right > end + 1 && !e.closest('.katex-mathml');
+    return shown && box.right > end + 1 && !e.matches('.katex *') || shown && e.matches('pre') && e.scrollWidth > e.clientWidth + 1;
 }).map(e => e.tagName + '.' + e.className + ' ' + e.textContent.slice(0, 40)).slice(0, 5))()'''
 NAMELESS = '''[...document.querySelectorAll('main img, main svg')].filter(e => !e.closest('.katex') &&
     !(e.getAttribute('alt') || e.getAttribute('aria-label') || e.querySelector('title'))).length'''
