@@ -149,3 +149,13 @@ def test_a_page_that_lacks_something_is_named(tmp_path):
     (tmp_path/'api'/'pairs.html').write_text('<h2 id="teams">Teams</h2>')
     (tmp_path/'index.html').write_text('<a href="api/pairs.html#hybrid">pairs</a> <a href="api/pairs.html#teams">x</a> <img src="https://host/logo.png">')
     assert docs.broken(tmp_path) == ['index.html loads https://host/logo.png', 'index.html links to api/pairs.html#hybrid, which is not there']
+
+
+@pytest.mark.parametrize('source,parts', {
+    'test_eq(f(1), 2)\ntest_fail(lambda: f(0),\n          contains="none")\nf(3)': ('test_eq(f(1), 2)\nf(3)', 'test_fail(lambda: f(0),\n          contains="none")'),
+    'bad = g()\ntest_fail(lambda: f(bad))': ('', 'bad = g()\ntest_fail(lambda: f(bad))'),
+    'used = g()\ntest_fail(lambda: f(used))': ('used = g()', 'test_fail(lambda: f(used))'),
+    'with ExceptionExpected(regex="no"): f(0)': ('', 'with ExceptionExpected(regex="no"): f(0)'),
+    'for x in bad: test_fail(lambda: f(x))\nf(1)': ('f(1)', 'for x in bad: test_fail(lambda: f(x))'),
+    '%%time\nf(1)': ('%%time\nf(1)', '')}.items())
+def test_what_a_cell_shows_is_told_from_the_errors_that_it_shows(source, parts): assert docs.apart(source, 'f(used)') == parts

@@ -99,11 +99,28 @@ def defined(
             yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
 
 
-def only_errors(
-    cell, # a code cell
+def refuses(
+    node, # a statement
 )->bool:
-    "Whether a cell does nothing but show that something is refused."
-    return bool(re.search(r'\b(test_fail|ExceptionExpected)\(', cell.source)) and not cell.get('outputs')
+    "Whether a statement does nothing but show that something is refused."
+    if isinstance(node, ast.Expr): return getattr(getattr(node.value, 'func', None), 'id', '') == 'test_fail'
+    expected = isinstance(node, ast.With) and 'ExceptionExpected' in ''.join(map(ast.unparse, node.items))
+    return expected or isinstance(node, (ast.With, ast.For)) and all(map(refuses, node.body))
+
+
+def apart(
+    source:str, # of a cell
+    later:str, # of the cells below it
+)->tuple: # what it shows, and what it shows to be refused: source, either may be ''
+    "Take the statements apart that only show errors, and with them what nothing else needs."
+    body = ast.parse(source).body if re.search(r'\b(test_fail|ExceptionExpected)\(', source) else []
+    errors, others = ([n for n in body if refuses(n) == wanted] for wanted in (True, False))
+    if not errors: return source, ''
+    helpers = all(isinstance(n, (ast.Assign, ast.FunctionDef, ast.Import, ast.ImportFrom)) for n in others)
+    if helpers and not any(re.search(rf'\b{name}\b', later) for name in defined(source)): return '', source
+    taken = {line for n in errors for line in range(n.lineno - 1, n.end_lineno)}
+    lines = [*enumerate(source.splitlines(keepends=True))]
+    return tuple(''.join(l for i, l in lines if (i in taken) == wanted).strip() for wanted in (False, True))
 
 
 def fold(
@@ -112,7 +129,6 @@ def fold(
 ):
     "Fold away what few readers of a page look for."
     if 'parameters' in cell.metadata.get('tags', []): set_option(cell, code_fold=True, code_summary='Parameters')
-    elif only_errors(cell): set_option(cell, code_fold=True, code_summary='Errors')
     elif paper: set_option(cell, code_fold=True, code_summary='Code')
 
 
@@ -154,6 +170,7 @@ def alternative(
 
 def page_processors():
     "nbdev's processors for a page, with what this module does in the place of running the notebook."
+    from execnb.nbio import mk_cell
     from nbdev.process import Processor
     from nbdev.processors import FilterDefaults
 
@@ -162,7 +179,8 @@ def page_processors():
         def begin(self):
             self.module = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in (c.directives_ or {})), None)
             self.paper = Path(self.nb.path_).parent.name == 'papers'
-            self.nb.cells = self.ordered(self.nb.cells)
+            cells = self.ordered(self.nb.cells)
+            self.nb.cells = [p for place, cell in enumerate(cells) for p in self.parts(cell, cells[place+1:])]
             for place, cell in enumerate(self.nb.cells): self.describe(place, cell)
 
         def ordered(self, cells):
@@ -173,6 +191,16 @@ def page_processors():
                 if 'export' in (cell.directives_ or {}): held = [cell]
                 else: order.append(cell)
             return order+held
+
+        def parts(self, cell, below):
+            "Errors that a cell shows become a folded cell after it."
+            if cell.cell_type != 'code' or cell.directives_ or getattr(cell, 'has_sd', False): return [cell]
+            shown, errors = apart(cell.source, '\n'.join(c.source for c in below if c.cell_type == 'code'))
+            if not errors: return [cell]
+            folded = mk_cell(errors)
+            set_option(folded, code_fold=True, code_summary='Errors')
+            cell.source = shown
+            return [cell, folded] if shown else [folded]
 
         def describe(self, place, cell):
             "Give a cell's figure its text."
