@@ -1,4 +1,4 @@
-"A headless Chromium that shows a page as a reader sees it: at a width, light or dark, and with every address that it asks for."
+"A headless Chromium that shows pages as readers see them, at a width, light or dark, and notes what a page asks for."
 import base64
 import itertools
 import json
@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 NAMES = ['chromium', 'chromium-browser', 'google-chrome', 'chrome']
-FLAGS = ['--headless=new', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--remote-debugging-port=0', '--no-first-run',
-         '--disable-dev-shm-usage', '--disable-extensions', '--disable-background-networking', '--disable-component-update']
+FLAGS = ['--headless=new', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--remote-debugging-port=0',
+         '--no-first-run', '--disable-dev-shm-usage', '--disable-extensions', '--disable-background-networking',
+         '--disable-component-update']
 
 
 def installed():
@@ -52,7 +53,8 @@ class Browser:
     def call(self, method, **params):
         "Ask Chromium for something and return its answer."
         number = next(self.counter)
-        self.socket.send(json.dumps({'id': number, 'method': method, 'params': params} | ({'sessionId': self.session} if self.session else {})))
+        whose = {'sessionId': self.session} if self.session else {}
+        self.socket.send(json.dumps({'id': number, 'method': method, 'params': params} | whose))
         while (message := self.received()).get('id') != number: pass
         if 'error' in message: raise RuntimeError(f'{method}: {message["error"]["message"]}')
         return message['result']
@@ -64,8 +66,9 @@ class Browser:
 
     def show(self, page, width, dark=False, height=900):
         "Open a page (a file) and wait until it is loaded and drawn."
-        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call('Emulation.setEmulatedMedia', features=[{'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}])
+        phone, scheme = width < 600, {'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}
+        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.call('Emulation.setEmulatedMedia', features=[scheme])
         self.asked.clear()
         self.call('Page.navigate', url=Path(page).resolve().as_uri() if not str(page).startswith('file:') else page)
         while self.received().get('method') != 'Page.loadEventFired': pass
@@ -79,5 +82,6 @@ class Browser:
 
     def picture(self, file, height=None):
         "Save what the page looks like, as PNG: the window, or the first `height` pixels of the page."
-        area = {} if height is None else {'captureBeyondViewport': True, 'clip': dict(x=0, y=0, width=self.run('innerWidth'), height=height, scale=1)}
+        clip = dict(x=0, y=0, width=self.run('innerWidth'), height=height, scale=1)
+        area = {} if height is None else {'captureBeyondViewport': True, 'clip': clip}
         Path(file).write_bytes(base64.b64decode(self.call('Page.captureScreenshot', format='png', **area)['data']))

@@ -1,8 +1,8 @@
 """README.md and the site, from the committed notebooks and their saved outputs, without a network: `make docs`.
 
-nbdev prepares the notebooks, smalldocs lays the pages out. What is changed on the way: signatures are read from the modules, so
-that no notebook is run; source, errors and the code of paper pages are folded; figures get a text for those who cannot see them;
-links lead to files of the site; nothing is loaded from elsewhere.
+nbdev prepares the notebooks, smalldocs lays the pages out. What is changed on the way: signatures are read from the
+modules, so that no notebook is run; source, errors and the code of paper pages are folded; figures get a text for those
+who cannot see them; links lead to files of the site; nothing is loaded from elsewhere.
 """
 import ast
 import json
@@ -85,7 +85,8 @@ def set_option(
     "Give a cell options that it does not set itself."
     for key, value in options.items():
         key = key.replace('_', '-')
-        if not re.search(rf'^#\| *{key}:', cell.source, re.M): cell.source = f'#| {key}: {json.dumps(value)}\n{cell.source}'
+        own = re.search(rf'^#\| *{key}:', cell.source, re.M)
+        if not own: cell.source = f'#| {key}: {json.dumps(value)}\n{cell.source}'
 
 
 def defined(
@@ -125,11 +126,13 @@ def apart(
 
 def fold(
     cell, # a code cell without nbdev's directives, which is changed
-    paper:bool, # whether it is on a paper's page, where results matter and not the code that shows them
+    folder:str, # of its page: on the pages of `papers` results matter, and not the code that shows them
 ):
     "Fold away what few readers of a page look for."
+    imports = re.fullmatch(r'((from|import) .*\n?|\s*\n)+', cell.source)
     if 'parameters' in cell.metadata.get('tags', []): set_option(cell, code_fold=True, code_summary='Parameters')
-    elif paper: set_option(cell, code_fold=True, code_summary='Code')
+    elif folder == 'papers': set_option(cell, code_fold=True, code_summary='Code')
+    elif folder == 'api' and imports: set_option(cell, code_fold=True, code_summary='Imports')
 
 
 def fold_source(
@@ -137,8 +140,9 @@ def fold_source(
 ):
     "Fold the source of what is exported, under the names that it defines; imports are dropped."
     names = [*dict.fromkeys(defined(cell.source))]
-    if not names: del cell['source']
-    else: set_option(cell, code_fold=True, code_summary=f'Source of {", ".join(names[:3])}{", …" if len(names) > 3 else ""}')
+    title = f'Source of {", ".join(names[:3])}{", …" if len(names) > 3 else ""}'
+    if names: set_option(cell, code_fold=True, code_summary=title)
+    else: del cell['source']
 
 
 @cache
@@ -177,8 +181,9 @@ def page_processors():
     class Document(Processor):
         "Put signatures in the place of nbdev's calls of `show_doc`, before the source, and fold what is to be folded."
         def begin(self):
-            self.module = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in (c.directives_ or {})), None)
-            self.paper = Path(self.nb.path_).parent.name == 'papers'
+            exported = [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in (c.directives_ or {})]
+            self.module = exported[0][0] if exported else None
+            self.folder = Path(self.nb.path_).parent.name
             cells = self.ordered(self.nb.cells)
             self.nb.cells = [p for place, cell in enumerate(cells) for p in self.parts(cell, cells[place+1:])]
             for place, cell in enumerate(self.nb.cells): self.describe(place, cell)
@@ -212,7 +217,7 @@ def page_processors():
             if getattr(cell, 'has_sd', False): self.show(cell)
             elif directives.keys() & {'hide', 'default_exp', 'exporti'}: del cell['source']
             elif 'export' in directives: fold_source(cell)
-            elif cell.cell_type == 'code': fold(cell, self.paper)
+            elif cell.cell_type == 'code': fold(cell, self.folder)
 
         def show(self, cell):
             name = re.fullmatch(r'show_doc\((.+)\)', cell.source)[1]
@@ -330,6 +335,27 @@ def localize(
     (site/'search.js').write_text('window.searchIndex = ' + (site/'search.json').read_text())
 
 
+def folded_code(
+    page:Path, # a processed page
+)->list: # source, with single spaces
+    "What is folded on a page."
+    cells = json.loads(page.read_text())['cells'] if page.suffix == '.ipynb' else []
+    code = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    folded = [re.sub(r'^#\|.*\n', '', c, flags=re.M) for c in code if re.search(r'^#\| code-fold: true', c, re.M)]
+    return sorted((' '.join(c.split()) for c in folded), key=len, reverse=True)
+
+
+def search_prose(
+    site, # of smalldocs, rendered
+):
+    "Write the search index again without what is folded, which would crowd out the rest."
+    for page in site.pages.values():
+        code = folded_code(site.root/page.src)
+        for part in page.env.get('search', []):
+            for source in code: part['text'] = part['text'].replace(source, '')
+    site.write_search()
+
+
 class Page(HTMLParser):
     "The links, loaded files and ids of one page."
     def __init__(self, text):
@@ -380,8 +406,9 @@ def build(
     from smalldocs.layout import KATEX
     from smalldocs.site import build as render
     highlight.css_class = cache(highlight.css_class) # the same few tokens, a quarter of a million times
-    rendered, site = render(process(root), quiet=True).out, root/'_docs'
-    localize(rendered, KATEX)
+    made, site = render(process(root), quiet=True), root/'_docs'
+    search_prose(made)
+    localize(rendered := made.out, KATEX)
     if problems := broken(rendered):
         raise SystemExit('the site has links that do not work; mend them in the notebooks:\n  ' + '\n  '.join(problems))
     shutil.rmtree(site, ignore_errors=True)
