@@ -43,7 +43,7 @@ lab: $(READY) # the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 docs: $(READY) # the site, in _docs
-	$(BIN)/python -c "from mapo.docs import main; main()"
+	$(BIN)/python tools/docs.py
 
 bench: $(READY) # every benchmark, one after the other
 	@set -e; for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b; done

@@ -17,6 +17,7 @@ ALWAYS = ['tests/test_project.py', 'tests/test_make.py']
 ELSEWHERE = {'mapo/launch': 'training', 'mapo/checkpoints': 'tiny', 'mapo/__init__.py': '', 'mapo/_modidx.py': ''} # files of the package that are no module of a notebook
 BESIDE = {'training': ['launch']} # a module's further test files
 OTHERS = {'nbs/servers': 'tests/test_servers.py', 'nbs/katex': 'tests/test_docs.py', 'nbs/_quarto.yml': 'tests/test_docs.py', 'nbs/styles.css': 'tests/test_docs.py',
+          'tools': 'tests/test_docs.py', 'tests/browser.py': 'tests/test_docs.py',
           'pyproject.toml': 'tests/test_wheel.py', 'tests/warm.py': 'tests/test_notebooks.py::test_notebook_runs[02_agents]'}
 
 

@@ -14,7 +14,7 @@ import tomllib
 from packaging.requirements import Requirement
 
 from conftest import REPO, command, tracked
-from mapo.docs import readme
+from docs import readme
 
 NOTEBOOKS = sorted(p for p in tracked() if p.suffix == '.ipynb')
 PAPERS = [p for p in NOTEBOOKS if p.parent.name == 'papers']
