@@ -70,7 +70,7 @@ def parameters(
     return {n.target.id: dict(type=ast.unparse(n.annotation), default=ast.literal_eval(n.value), help=lines[n.end_lineno-1][n.end_col_offset:].strip(' #')) for n in found}
 
 # %% ../nbs/api/20_cli.ipynb #0143af5f
-_TYPES = dict(int=int, float=(int, float), str=str, bool=bool, list=list, tuple=list, dict=dict)
+_TYPES = dict(int=int, float=(int, float), str=str, bool=bool, list=(list, tuple), dict=dict)
 
 def settable(
     name:str, # of an experiment, or the path of a notebook
@@ -79,7 +79,8 @@ def settable(
     from mapo.experiment import documented
     from mapo.plan import PAPERS
     paper = name.removesuffix('_rates')
-    return documented(type(PAPERS[paper].presets['tiny'])) if paper in PAPERS else {}
+    settings = documented(type(PAPERS[paper].presets['tiny'])) if paper in PAPERS else {}
+    return {key: about | dict(type=about['type'].replace('tuple', 'list')) for key, about in settings.items()}
 
 # %% ../nbs/api/20_cli.ipynb #a0bfee53
 def checked(

@@ -43,6 +43,7 @@ class MarsPO(Settings):
     iterations:int=3             # paper: "three"
     order:str='reward'           # positives in the order of their 'reward', or 'drawn'; paper: scored by a reward model, "the highest-scoring outputs"
     verified:bool=True           # positives must be right; paper: "correct"; False takes the best by reward, right or wrong
+    missed:bool=True             # an agent learns only from problems that it sometimes gets wrong; ours, one rule for all arms
     flipped:float=0.             # share of grades that are turned around before anything is chosen; ours, to see how much depends on them
     reward_model:str=''          # path of a reward model; paper: "Qwen2.5-Math-RM-72B"; '' trains one on the first iteration's graded answers
     reward_init:str='tiny:products' # what such a training starts from; ours
@@ -77,7 +78,7 @@ class MarsPO(Settings):
 
     def selection(self, seed:int)->Selection: # of `mapo.pairs`
         "Which answers are learnt from, and how many."
-        return Selection(score='flipped' if self.flipped else 'correct', order='reward' if self.order == 'reward' else '', verified=self.verified, missed=True,
+        return Selection(score='flipped' if self.flipped else 'correct', order='reward' if self.order == 'reward' else '', verified=self.verified, missed=self.missed,
                          n_positives=self.n_positives, n_negatives=self.n_negatives, n_pairs=self.n_pairs, seed=seed)
 
     @property
@@ -109,12 +110,15 @@ def _one_iteration(s):
 def _ranked(s): return dict(verified=False)
 def _drawn(s): return dict(order='drawn')
 def _flipped(s): return dict(flipped=.15)
+def _every(s): return dict(missed=False)
 def _same(s): return dict(agents=s.same_agents)
 
 # %% ../nbs/api/16_mars_po.ipynb #b14cecf5
 ARMS = (
     MarsArm('base', label='base', color='#595959', marker='D'),
     MarsArm('sft_own', own_positives, base='base', label='rejection sampling, missed problems', color='#7FBC41', marker='v'),
+    MarsArm('rejection', own_positives, changes=_every, base='base',
+            label='rejection sampling, all problems', color='#4D9221', marker='<'),
     MarsArm('sft_hybrid', hybrid_positives, base='base', label='SFT, hybrid positives', color='#009E73', marker='^'),
     MarsArm('dpo', own_pairs, changes=_no_nll, base='base', label='DPO, own pairs', color='#56B4E9', marker='d'),
     MarsArm('dpo_nll', own_pairs, base='base', label='DPO+NLL, own pairs', color='#0072B2', marker='s'),
@@ -271,7 +275,7 @@ CLAIMS = [
 
 # %% ../nbs/api/16_mars_po.ipynb #c1edeb0b
 FIGURES = dict(
-    accuracy=['sft_own', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
+    accuracy=['sft_own', 'rejection', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
     ablations=['mars_po', 'mars_po_no_nll', 'mars_po_pooled', 'mars_po_one_iteration', 'mars_po_ranked', 'mars_po_random', 'sft_flipped', 'mars_po_flipped'],
     same=['sft_hybrid', 'dpo_nll', 'mars_po', 'sft_hybrid_same', 'dpo_nll_same', 'mars_po_same'],
     agents=['sft_own', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],

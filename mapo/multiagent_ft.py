@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARMS', 'CORE', 'PRESETS', 'READOUTS', 'COMPARISONS', 'CLAIMS', 'FIGURES', 'SAME', 'MULTIAGENT_FT', 'MultiagentFT',
            'Speakers', 'speakers', 'DebateArm', 'multiagent_ft', 'discuss', 'credit', 'learners', 'receivers',
-           'debate_examples', 'worth_learning', 'learn', 'measure', 'judges', 'disputes', 'preferences', 'Judged',
-           'judge_pairs', 'read_out', 'readouts', 'results', 'measure_diversity', 'diversity', 'transfer_set', 'beyond',
-           'elsewhere', 'tables']
+           'debate_examples', 'worth_learning', 'learn', 'measure', 'crowd', 'judges', 'disputes', 'preferences',
+           'Judged', 'judge_pairs', 'read_out', 'readouts', 'results', 'measure_diversity', 'diversity', 'transfer_set',
+           'beyond', 'elsewhere', 'tables']
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #5c08f162
 from collections.abc import Callable
@@ -47,6 +47,7 @@ class MultiagentFT(Settings):
     cooperate:bool=False         # seats go on with each other's drafts instead of arguing. Paper, Table 3: "cooperative"
     unique_ids:str=''            # '' for none; else put before every prompt of seat {seat}, with {kind} GEN or CRIT. Paper, Table 5
     one_generator:bool=False     # evaluated with the first generator in all seats; the authors' control "no interaction"
+    voters:int=0                 # so many seats answer once when evaluated, all with the first generator's model; 0: those that debate; ours
     form:str=FORM                # of generated problems; paper: a+b*c+d-e*f (Du et al.)
     n_train:int=128              # problems to learn from; paper: 500
     n_dev:int=200                # problems settings are chosen on; ours
@@ -117,7 +118,7 @@ def speakers(
 class DebateArm(Arm):
     "An arm: how it answers, who learns, and from what."
     readout:str='debate'   # how its agents answer: 'alone', 'vote' or 'debate'
-    models:str=''          # who is trained: '' no agent, 'each' generator and critic, 'seats', 'one' for all, 'first' on the first generator's answers alone
+    models:str=''          # who is trained: '' no agent, 'each' generator and critic, 'generators', 'critics', 'seats', 'one' for all, 'first'
     debated:bool=True      # it learns from debates; else from first answers and their majority
     score:str='agrees'     # what makes an answer worth learning
     pairs:str=''           # the score that decides generators' pairs; '' makes examples
@@ -128,6 +129,7 @@ class DebateArm(Arm):
 # %% ../nbs/api/17_multiagent_ft.ipynb #ec957554
 def _once(**changes): return lambda s: dict(iterations=1, **changes)
 def _total(s): return dict(updates=s.updates*2*s.seats) # one model learns from everybody's examples, so passes over them are everybody's already
+def _by_epochs(s): return dict(iterations=1, updates=0, epochs=2.) # as the released code trains
 def _ids(s): return dict(iterations=1, unique_ids=s.unique_ids or '{kind}{seat}')
 
 ARMS = (
@@ -174,7 +176,23 @@ ARMS = (
     DebateArm('debate_dpo', models='each', pairs='preferred', changes=_once(), base='debate',
               label="debate + DPO, critics' judgements", color='#E69F00', marker='d'),
     DebateArm('debate_dpo_majority', models='each', pairs='agrees', changes=_once(), base='debate',
-              label='debate + DPO, majority', color='#9C6B12', marker='v'))
+              label='debate + DPO, majority', color='#9C6B12', marker='v'),
+    DebateArm('multiagent_ft_epochs', models='each', changes=_by_epochs, base='debate',
+              label='Multiagent FT, 2 epochs', color='#880E4F', marker='D'),
+    DebateArm('single_agent_epochs', models='one', changes=_by_epochs, base='debate',
+              label='single-agent FT, 2 epochs', color='#01579B', marker='D'),
+    DebateArm('multiagent_ft_generators', models='generators', changes=_once(), base='debate',
+              label='Multiagent FT, critics untuned', color='#AD1457', marker='<'),
+    DebateArm('multiagent_ft_critics', models='critics', changes=_once(), base='debate',
+              label='Multiagent FT, generators untuned', color='#AD1457', marker='>'),
+    *(DebateArm(f'multiagent_ft_w_{round(100*w)}', models='each', changes=_once(corrected=w), base='debate', variant_of='multiagent_ft',
+                sweep=('corrected', round(w, 2)), label=f'Multiagent FT, w = {w:.2g}', color='#EC407A', marker='^') for w in (0., 1/3, 1.)),
+    DebateArm('multiagent_ft_all_turns', models='each', changes=_once(critic_turns='all agreeing'), base='debate',
+              label="Multiagent FT, all of critics' agreeing turns", color='#EC407A', marker='h'),
+    DebateArm('majority_nine', 'vote', changes=_once(voters=9), base='base',
+              label='majority vote of 9', color='#424242', marker='s'),
+    DebateArm('majority_ft_nine', 'vote', 'one', debated=False, changes=_once(voters=9), base='majority_nine',
+              label='majority FT, vote of 9', color='#00695C', marker='>'))
 CORE = ('base', 'majority', 'debate', 'majority_ft', 'single_agent', 'multiagent_ft')
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #96d4abc8
@@ -248,7 +266,9 @@ def learners(
     "The models of an arm."
     generators,critics = ([f'{kind}-{i}' for i in range(1, s.seats+1)] for kind in ('gen', 'crit'))
     agents = generators + (critics if arm.debated and s.rounds > 1 else [])
-    return dict(each={a: (a,) for a in agents}, seats={f'seat-{i+1}': (g,) for i, g in enumerate(generators)}, one={'one': tuple(agents)},
+    each = {a: (a,) for a in agents}
+    of = lambda kind: {a: own for a, own in each.items() if a.startswith(kind)}
+    return dict(each=each, generators=of('gen'), critics=of('crit'), seats={f'seat-{i+1}': (g,) for i, g in enumerate(generators)}, one={'one': tuple(agents)},
                 first={'one': ('gen-1',)})[arm.models]
 
 def receivers(
@@ -259,8 +279,9 @@ def receivers(
 )->dict[str,Model]: # agent -> its new model
     "Who speaks with a trained model from now on."
     name = found.learner
-    own = dict(each=[name], seats=[f'{kind}-{name[5:]}' for kind in ('gen', 'crit')]).get(arm.models, list(team.agents))
-    return {a: replace(trained(team.base, found.training, s.lora_rank > 0), name=name) for a in own}
+    own = dict.fromkeys(('each', 'generators', 'critics'), [name]) | dict(seats=[f'{kind}-{name[5:]}' for kind in ('gen', 'crit')])
+    speakers = own.get(arm.models, list(team.agents))
+    return {a: replace(trained(team.base, found.training, s.lora_rank > 0), name=name) for a in speakers}
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #c6706dc2
 def debate_examples(
@@ -303,7 +324,7 @@ def worth_learning(
 # %% ../nbs/api/17_multiagent_ft.ipynb #5aab6331
 def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agents:tuple, turns:Artifact, scores:tuple, seed:int)->Fit:
     "Choose what one model learns from, and train it on that."
-    agent = name if arm.models == 'each' else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
+    agent = name if arm.models in ('each', 'generators', 'critics') else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
     start = team.base if s.init == 'initial' else team.agents[agent].model
     how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, warmup=s.warmup,
                                          schedule=s.schedule, max_length=s.max_length, seed=seed)
@@ -321,12 +342,18 @@ def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agent
 def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, iteration:int, seed:int)->tuple[dict,Speakers]: # artifacts by name, and who spoke
     "Let the agents debate the problems they are judged by."
     if s.one_generator: team = team.with_models({a.name: team.generators.agents[0].model for a in team.generators})
+    if s.voters: s,team = replace(s, rounds=1),crowd(s, team)
     turns = discuss(run, s, team, problems, split, 'evaluate', iteration, seed, s.rounds)
     greedy = run.stage(sample_alone, problems=problems.where(split=split), team=team.generators, n=1, purpose='greedy',
                        iteration=iteration, seed=seed, **s.sampling(greedy=True))
     graded,greedy_graded = (run.stage(grade, turns=said, problems=problems) for said in (turns, greedy))
     voted = run.stage(majority, turns=turns, problems=problems, seed=seed)
     return dict(turns=turns, graded=graded, voted=voted, greedy=greedy, greedy_graded=greedy_graded),team
+
+def crowd(s:MultiagentFT, team:Speakers)->Speakers:
+    "As many seats as voters, all with the first generator's model."
+    seats = speakers(replace(s, seats=s.voters, rounds=1), team.base)
+    return seats.with_models(dict.fromkeys(seats.agents, team.generators.agents[0].model))
 
 # %% ../nbs/api/17_multiagent_ft.ipynb #2c3642f6
 def judges(s:MultiagentFT, team:Speakers)->Team:
@@ -551,6 +578,9 @@ FIGURES = dict(
     ablations=['multiagent_ft', *(f'multiagent_ft_{v}' for v in _VARIANTS), 'single_agent_alone', 'single_agent_total', 'single_agent_hot'],
     seats=['debate', 'majority_ft', 'multiagent_ft', 'debate_five', 'majority_ft_five', 'multiagent_ft_five', 'cooperative', 'cooperative_ft'],
     preferences=['multiagent_ft', 'debate_dpo', 'debate_dpo_majority'],
+    controls=['debate', 'majority_nine', 'majority_ft_nine', 'single_agent_epochs', 'multiagent_ft', 'multiagent_ft_epochs',
+              'multiagent_ft_generators', 'multiagent_ft_critics'],
+    lessons=['multiagent_ft', 'multiagent_ft_w_0', 'multiagent_ft_w_33', 'multiagent_ft_w_100', 'multiagent_ft_all_turns'],
     readouts=_MAIN, diversity=_MAIN)
 SAME = ('base', 'majority') # arms that only read the debates of `debate` in another way
 
@@ -565,7 +595,7 @@ def transfer_set(run:Run, s:MultiagentFT)->Artifact:
 def beyond(run:Run, s:MultiagentFT, steps:list)->dict: # `diversity`: a step and its artifact; `transfer`: steps measured on other problems
     "How much agents still differ, and how they do on problems that no agent learnt from."
     apart = [step for step in steps if step.arm.name not in SAME]
-    differ = [(step, diversity(run, step.arm.settings(s), step)) for step in apart if not step.arm.settings(s).one_generator]
+    differ = [(step, diversity(run, step.arm.settings(s), step)) for step in apart if not (step.arm.settings(s).one_generator or step.arm.settings(s).voters)]
     last = {(step.arm.name, step.seed): step for step in apart}.values()
     return dict(diversity=differ, transfer=[elsewhere(run, step.arm.settings(s), step) for step in last] if s.transfer else [])
 
