@@ -52,6 +52,7 @@ class Malt(Settings):
     n_test:int=240               # problems of the final evaluation; 0 for all of a benchmark. The paper rests on about 400 of each
     n_hard:int=128               # harder problems, for transfer; ours (paper: GSM-Symbolic-P1, which these are not)
     problem_seed:int=3           # draws the problems; first used when the settings were frozen
+    iterations:int=1             # rounds of tree, values and training; the paper has one, more is ours
     branching:tuple=(3, 3, 3)    # samples under each turn, role by role; paper: "n = 3"
     threshold:float=0.5          # a turn is positive above this value; paper: 0.5
     gap:float=0.                 # least difference between positive and negative values; the paper has none
@@ -73,7 +74,7 @@ class Malt(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_at_least_one('votes', 'debaters', 'rounds', 'batch_size')
+        self.check_at_least_one('votes', 'debaters', 'rounds', 'iterations', 'batch_size')
         for kind in ('sft', 'dpo'):
             updates,epochs = getattr(self, f'{kind}_updates'),getattr(self, f'{kind}_epochs')
             if updates < 1 and epochs <= 0: raise ValueError(f'{kind}_updates=0 goes by {kind}_epochs, which must then be above 0')
@@ -148,6 +149,7 @@ def _generator_dpo(s): return dict(generator_dpo=True)
 def _branching(n): return lambda s: dict(branching=(n,)*3)
 def _threshold(x): return lambda s: dict(threshold=x)
 def _gap(s): return dict(gap=.5)
+def _twice(s): return dict(iterations=2)
 
 # %% ../nbs/api/18_malt.ipynb #980339eb
 _ARMS = (
@@ -173,6 +175,7 @@ _ARMS = (
              label='generator, rejection sampling, vote of 9', color='#4D4300', marker='D'),
     ChainArm('malt_generator_dpo', 'malt', votes=1, changes=_generator_dpo,
              label='MALT, generator with DPO', color='#6B3E00', marker='s'),
+    ChainArm('malt_twice', 'malt', votes=1, changes=_twice, variant_of='malt', label='MALT, two rounds', color='#A65A00', marker='P'),
     ChainArm('no_generator', 'malt', votes=1, untrained=(G,),
              label='MALT, generator untrained', color='#8DBEDB', marker='d'),
     ChainArm('no_verifier', 'malt', votes=1, untrained=(V,),
@@ -254,14 +257,17 @@ def malt(
     problems:Artifact, # of `make_problems`
     split:str,     # where it is evaluated
 )->list[Step]:
-    "One arm: sample a tree, propagate, choose, train, answer."
-    team,turns,scores,fits = first_team(run, s, seed),None,(),()
-    if arm.recipe:
-        turns,scores = tree(run, s, team, problems, seed)
+    "One arm: sample a tree, propagate, choose, train, answer; perhaps repeat."
+    team,asked = first_team(run, s, seed),harder(run, s) if arm.harder else problems
+    measure = lambda t: {purpose: answers(run, s, arm, team, asked, split, purpose, t, seed) for purpose in ('evaluate', 'greedy')}
+    if not arm.recipe: return [Step(arm, seed, 0, asked, measure(1), team)]
+    steps = []
+    for t in range(1, s.iterations+1):
+        turns,scores = tree(run, s, team, problems, t, seed)
         team,fits = learn(run, s, arm, team, turns, scores, seed)
-    asked = harder(run, s) if arm.harder else problems
-    measured = {purpose: answers(run, s, arm, team, asked, split, purpose, seed) for purpose in ('evaluate', 'greedy')}
-    return [Step(arm, seed, int(arm.trained), asked, measured, team, turns, scores, fits)]
+        if t == 1: check_fits(arm, fits)
+        steps.append(Step(arm, seed, t, asked, measure(t), team, turns, scores, fits))
+    return steps
 
 # %% ../nbs/api/18_malt.ipynb #c7fce614
 def first_team(run:Run, s:Malt, seed:int)->Team:
@@ -269,7 +275,7 @@ def first_team(run:Run, s:Malt, seed:int)->Team:
     return s.team().with_models({a.name: begins_with(run, s, a.model, seed) for a in s.team()})
 
 # %% ../nbs/api/18_malt.ipynb #4f2f1c49
-def tree(run:Run, s:Malt, team:Team, problems:Artifact, seed:int, iteration:int=1)->tuple[Artifact,tuple]: # turns, and scores: grades, values and labels
+def tree(run:Run, s:Malt, team:Team, problems:Artifact, iteration:int, seed:int)->tuple[Artifact,tuple]: # turns, and scores: grades, values and labels
     "The training problems' trees with their values."
     turns = run.stage(sample_tree, problems=problems.where(split='train'), team=team, branching=s.branching, purpose='train',
                       iteration=iteration, seed=seed, **s.sampling())
@@ -288,7 +294,6 @@ def learn(run:Run, s:Malt, arm:ChainArm, team:Team, turns:Artifact, scores:tuple
             data = run.stage(build, turns=own, contexts=turns, agent=role, selection=s.selection(seed, score))
             fits.append(fit(run, s, role, objective(s, method, seed), team[role].model, data))
             if made := fits[-1].training: team = team.with_models({role: trained(team[role].model, made, s.lora_rank > 0)})
-    check_fits(arm, fits)
     return team,tuple(fits)
 
 # %% ../nbs/api/18_malt.ipynb #6a7fc31a
@@ -299,10 +304,10 @@ def objective(s:Malt, method:str, seed:int)->Objective:
     return DPO(**how, updates=s.dpo_updates, epochs=s.dpo_epochs, learning_rate=s.dpo_learning_rate, beta=s.beta)
 
 # %% ../nbs/api/18_malt.ipynb #578d26e1
-def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:str, purpose:str, seed:int)->tuple[Artifact,Artifact]: # turns and grades
+def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:str, purpose:str, iteration:int, seed:int)->tuple[Artifact,Artifact]: # turns and grades
     "What the arm says about the evaluated problems; `purpose` is 'evaluate' or 'greedy'."
     drawn = dict(seed=seed, **s.sampling(purpose == 'greedy'))
-    how = dict(problems=problems.where(split=split), purpose=purpose, iteration=1, **drawn)
+    how = dict(problems=problems.where(split=split), purpose=purpose, iteration=iteration, **drawn)
     passes = 1 if purpose == 'greedy' else arm.passes(s)
     if not arm.chain: turns = discuss(run, s, team[G].model, how)
     else:
@@ -553,7 +558,7 @@ def _read_prompts(said, contexts, model): # context id -> its tokens
 # %% ../nbs/api/18_malt.ipynb #8fc57e6a
 FIGURES = dict(
     accuracy=['sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'gold_sft', 'gold_sft_nine', 'malt_one', 'malt'],
-    ablations=['malt', 'malt_generator_dpo', 'no_generator', 'no_verifier', 'no_refiner', 'g_only', 'gv', 'gr'],
+    ablations=['malt', 'malt_twice', 'malt_generator_dpo', 'no_generator', 'no_verifier', 'no_refiner', 'g_only', 'gv', 'gr'],
     equal_calls=['sa_vote', 'sa_vote_nine', 'ma_vote', 'star_sa_vote', 'star_sa_vote_nine', 'star_ma_vote', 'star_ma_long_vote', 'gold_sft',
                  'gold_sft_nine', 'malt'],
     critiques=['ma', 'ma_shuffled', 'ma_told_right', 'ma_told_wrong', 'malt_one', 'malt_shuffled', 'malt_told_right', 'malt_told_wrong'],
@@ -642,13 +647,14 @@ def tables(
 )->dict: # file name -> table
     "What else a record holds: readings, flips, sweeps, verdicts, calls, a tree and a few pairs."
     by_arm = [(step, results(step.arm.settings(s), step)) for step in steps]
+    last = {(step.arm.name, step.seed): (step, r) for step, r in by_arm}.values()
     chains = [(step, r) for step, r in by_arm if len(step.arm.chain) > 1 and not step.arm.sweep]
     heard = [(step, r) for step, r in chains if not step.arm.told]
     paired = [step for step in steps if step.arm.name in ('malt', 'malt_generator_dpo')]
     flips = _mean([flip_rows(step) for step, _ in chains], 'flip')
     verdicts = pd.DataFrame([verdict_row(step) for step, _ in heard if V in step.arm.chain])
     return {'training.csv': training_curves(paired), 'readouts.csv': _mean([by_turn_rows(step, r) for step, r in heard], 'readout'),
-            'flips.csv': None if flips is None else flips.rename(columns=dict(accuracy='share')), 'sweep.csv': _sweep(s, by_arm),
+            'flips.csv': None if flips is None else flips.rename(columns=dict(accuracy='share')), 'sweep.csv': _sweep(s, last),
             'shown.parquet': _few_pairs(paired), 'tree.parquet': _one_tree(steps), 'verdicts.parquet': verdicts,
             'prompts.parquet': prompts.read('prompts') if prompts else None, 'calls.parquet': _calls(s, steps)}
 

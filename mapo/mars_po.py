@@ -22,7 +22,7 @@ from .objectives import DPO, SFT, Reward
 from .pairs import (Selection, hybrid_pairs, hybrid_positives, own_pairs, own_positives, pooled_pairs, reward_pairs,
                         winners)
 from .tables import count_pairs
-from .rewards import flip_labels, grade, reward, reward_table
+from .rewards import bias_rewards, flip_labels, grade, reward, reward_table
 from .runs import Artifact, Run, scored
 from .sampling import sample_alone
 from .tiny import FLAWLESS, FORM, solve, written
@@ -45,6 +45,8 @@ class MarsPO(Settings):
     verified:bool=True           # positives must be right; paper: "correct"; False takes the best by reward, right or wrong
     missed:bool=True             # an agent learns only from problems that it sometimes gets wrong; ours, one rule for all arms
     flipped:float=0.             # share of grades that are turned around before anything is chosen; ours, to see how much depends on them
+    bias:str=''                  # what the reward is made to like besides: 'length', or an agent's name; '' for nothing; ours
+    bias_strength:float=1.       # of that, in standard deviations of the reward; ours
     reward_model:str=''          # path of a reward model; paper: "Qwen2.5-Math-RM-72B"; '' trains one on the first iteration's graded answers
     reward_init:str='tiny:products' # what such a training starts from; ours
     reward_updates:int=100       # of such a training; ours
@@ -69,6 +71,7 @@ class MarsPO(Settings):
         self.check_at_least_one('n_samples', 'n_evaluate', 'iterations', 'batch_size', 'reward_updates')
         if self.source == 'arithmetic': self.check_at_least_one('n_train')
         if self.updates < 1 and self.epochs <= 0: raise ValueError('updates=0 goes by epochs, which must then be above 0')
+        if self.bias and self.order != 'reward': raise ValueError("bias is that of a reward, so it needs order='reward'")
         if not self.verified and self.order != 'reward': raise ValueError("verified=False takes the best by reward, so it needs order='reward'")
         if not 0 <= self.flipped <= 1: raise ValueError(f'flipped is a share, from 0 to 1, not {self.flipped}')
 
@@ -78,7 +81,7 @@ class MarsPO(Settings):
 
     def selection(self, seed:int)->Selection: # of `mapo.pairs`
         "Which answers are learnt from, and how many."
-        return Selection(score='flipped' if self.flipped else 'correct', order='reward' if self.order == 'reward' else '', verified=self.verified, missed=self.missed,
+        return Selection(score='flipped' if self.flipped else 'correct', order='' if self.order == 'drawn' else 'biased' if self.bias else 'reward', verified=self.verified, missed=self.missed,
                          n_positives=self.n_positives, n_negatives=self.n_negatives, n_pairs=self.n_pairs, seed=seed)
 
     @property
@@ -111,6 +114,8 @@ def _ranked(s): return dict(verified=False)
 def _drawn(s): return dict(order='drawn')
 def _flipped(s): return dict(flipped=.15)
 def _every(s): return dict(missed=False)
+def _long(s): return dict(bias='length')
+def _favourite(s): return dict(bias=s.team.agents[0].name)
 def _same(s): return dict(agents=s.same_agents)
 
 # %% ../nbs/api/16_mars_po.ipynb #b14cecf5
@@ -137,6 +142,10 @@ ARMS = (
             label='SFT, hybrid, 15 % flipped', color='#00543D', marker='P'),
     MarsArm('mars_po_flipped', hybrid_pairs, changes=_flipped, base='base',
             label='Mars-PO, 15 % flipped', color='#C0392B', marker='s'),
+    MarsArm('mars_po_long', hybrid_pairs, changes=_long, base='base',
+            label='Mars-PO, reward likes length', color='#E7298A', marker='h'),
+    MarsArm('mars_po_favourite', hybrid_pairs, changes=_favourite, base='base',
+            label='Mars-PO, reward likes one agent', color='#7570B3', marker='H'),
     MarsArm('base_same', changes=_same, label='base, equal weaknesses', color='#595959', marker='D'),
     MarsArm('sft_hybrid_same', hybrid_positives, changes=_same, base='base_same',
             label='SFT, hybrid, equal weaknesses', color='#009E73', marker='^'),
@@ -224,7 +233,9 @@ def credit(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Artifact
     "All scores that the selection needs, as artifacts."
     scores,model = _graded(run, s, graded, seed),ranked_by(s, ranker)
     if not model: return scores
-    return *scores, run.stage(reward, turns=turns, problems=problems, scorer=Scoring(model, s.serving()))
+    scores = *scores, run.stage(reward, turns=turns, problems=problems, scorer=Scoring(model, s.serving()))
+    if not s.bias: return scores
+    return *scores, run.stage(bias_rewards, turns=(turns, scores[-1]), towards=s.bias, strength=s.bias_strength)
 
 # %% ../nbs/api/16_mars_po.ipynb #685f232e
 def learn(run:Run, s:MarsPO, arm:MarsArm, agent:Agent, initial, turns:Artifact, scores:tuple, iteration:int, seed:int)->Fit:
@@ -276,7 +287,8 @@ CLAIMS = [
 # %% ../nbs/api/16_mars_po.ipynb #c1edeb0b
 FIGURES = dict(
     accuracy=['sft_own', 'rejection', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
-    ablations=['mars_po', 'mars_po_no_nll', 'mars_po_pooled', 'mars_po_one_iteration', 'mars_po_ranked', 'mars_po_random', 'sft_flipped', 'mars_po_flipped'],
+    ablations=['mars_po', 'mars_po_no_nll', 'mars_po_pooled', 'mars_po_one_iteration', 'mars_po_ranked', 'mars_po_random', 'mars_po_long', 'mars_po_favourite',
+               'sft_flipped', 'mars_po_flipped'],
     same=['sft_hybrid', 'dpo_nll', 'mars_po', 'sft_hybrid_same', 'dpo_nll_same', 'mars_po_same'],
     agents=['sft_own', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
     training=['dpo', 'dpo_nll', 'mars_po', 'mars_po_no_nll'])

@@ -6,8 +6,8 @@
 __all__ = ['SCORE_COLUMNS', 'NO_ANSWERS', 'READ', 'GOLD', 'MAJORITY', 'score_rows', 'example_turns', 'check_turns', 'answering',
            'read_answers', 'problem_facts', 'grade', 'with_scores', 'seeded_draw', 'plurality', 'vote',
            'canonical_answers', 'agrees', 'unread_share', 'Majority', 'majority', 'propagate', 'parent_rows',
-           'example_tree', 'Tree', 'show_tree', 'flip_labels', 'judge_turns', 'bare_question', 'reward', 'concordance',
-           'order_among_right', 'reward_table']
+           'example_tree', 'Tree', 'show_tree', 'flip_labels', 'bias_rewards', 'judge_turns', 'bare_question', 'reward',
+           'concordance', 'order_among_right', 'reward_table']
 
 # %% ../nbs/api/05_rewards.ipynb #c370e695
 from contextlib import nullcontext
@@ -366,6 +366,27 @@ def flip_labels(
     if not rows['value'].isin([0, 1]).all(): raise ValueError(f'score {name!r} is not 0 or 1 everywhere: only labels can be flipped')
     turned = seeded_draw(rows['turn_id'], seed).argsort().argsort() < round(share*len(rows))
     return score_rows(rows, flipped, f'flip-{share:g}-{seed}', value=np.where(turned, 1 - rows['value'], rows['value']))
+
+# %% ../nbs/api/05_rewards.ipynb #8aa53de9
+def bias_rewards(
+    turns:pd.DataFrame, # with the column `reward`
+    towards:str,        # 'length', or the name of an agent
+    strength:float=1.,  # of the bias beside the reward, $\lambda$; below 0 it is a dislike
+    name:str='biased',  # of the score
+)->pd.DataFrame: # scores of every turn but summaries
+    "A reward with a taste of its own."
+    said = turns[answering(turns)]
+    check_turns(said, 'problem_id', 'reward', 'agent', mixed=True)
+    if towards != 'length' and towards not in set(said['agent']):
+        raise ValueError(f"a reward is biased towards 'length' or an agent, not {towards!r}: there are {', '.join(sorted(said['agent'].unique()))}")
+    taste = said['completion_tokens'] if towards == 'length' else said['agent'].eq(towards)
+    within = lambda values: values.groupby(said['problem_id']).transform(_standard)
+    biased = within(said['reward']) + strength*within(taste.astype(float))
+    return score_rows(said, name, f'{towards}-{strength:g}', value=biased)
+
+def _standard(values): # in standard deviations; 0 where all are the same
+    spread = values.std(ddof=0)
+    return (values - values.mean())/spread if spread > 0 else values*0.
 
 # %% ../nbs/api/05_rewards.ipynb #b99bc1bf
 def judge_turns(

@@ -1,4 +1,5 @@
 """The experiment, its notebook and its command line agree; chains, trees and trainings that a notebook cell would take too long to show."""
+import json
 from dataclasses import fields
 
 import numpy as np
@@ -50,9 +51,12 @@ def test_the_record_is_drawn(record, tmp_path):
 @pytest.mark.slow
 def test_arms_share_trees_trainings_and_passes(record):
     "malt and malt_one differ in how they are read; star's fine-tuned models are where MALT's DPO begins."
-    made = pd.DataFrame(record[0].stages).drop_duplicates('key')
-    assert (made.stage == 'train DPO').sum() == 2*2, 'verifier and refiner, with two kinds of tree'
-    assert (made.stage == 'train SFT').sum() == 2*3 + 1, 'three roles with two kinds of tree, and the generator alone'
+    run = record[0]
+    made = pd.DataFrame(run.stages).drop_duplicates('key').query("stage == 'train'")
+    specs = [json.loads((run.artifacts/f'train-{key[:16]}'/'manifest.json').read_text())['spec'] for key in made.key]
+    kinds = [spec['inputs']['objective']['type'] for spec in specs]
+    assert kinds.count('DPO') == 2*2, 'verifier and refiner, with two kinds of tree'
+    assert kinds.count('SFT') == 2*3 + 1, 'three roles with two kinds of tree, and the generator alone'
     rows, _, _ = load_record(record[1])
     one, vote = (rows[rows.arm == arm].set_index('problem_id') for arm in ('malt_one', 'malt'))
     assert (one.n == 3).all() and (vote.n == 1).all() and (one.maj == vote.c).all()
@@ -188,3 +192,16 @@ def test_a_setting_that_makes_two_arms_one_drops_their_comparison():
     judge = lambda preset: checkable([claim], {a.name: a for a in ARMS}, MALT.presets[preset])[0].get('untestable')
     assert judge('paper') is None
     assert judge('paper_qwen') == 'it holds MALT against MALT, generator with DPO, which are one arm under these settings'
+
+
+@pytest.mark.slow
+def test_a_second_round_grows_a_tree_of_trained_roles(runs):
+    settings = MALT.settings('smoke', **SMALL | dict(n_train=6))
+    steps = compute(Run('twice', {}, root=runs), MALT, settings, 'malt_twice', [0], 'dev')
+    first, second = [step for step in steps if step.arm.name == 'malt_twice']
+    assert (first.iteration, second.iteration) == (1, 2) and first.turns.key != second.turns.key
+    told = first.turns.read('turns').model_key
+    learnt = {f.learner for f in first.fits if f.training}
+    again = second.turns.read('turns').groupby('role').model_key.first()
+    assert {role for role, key in again.items() if key not in set(told)} == learnt
+    assert rows(MALT, settings, steps).query("arm == 'malt_twice'").iteration.unique().tolist() == [1, 2]
