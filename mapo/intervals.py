@@ -24,14 +24,17 @@ def wilson(
     half = z*np.sqrt(p*(1 - p)/n + z**2/(4*n**2)) / (1 + z**2/n)
     return np.clip(middle - half, 0, 1),np.clip(middle + half, 0, 1)
 
-# %% ../nbs/api/04b_intervals.ipynb #bd271bac
+# %% ../nbs/api/04b_intervals.ipynb #ed7a8e98
 def variation(
     x:np.ndarray, # (..., seeds, problems): one value each
 ): # arrays (...): mean, and of its variance what seeds show, what problems show, what both hold (A, B, E)
     "Two-way analysis of variance of a mean over seeds and problems."
     x = np.asarray(x, float)
+    if x.ndim < 2: raise ValueError(f'an interval takes a table of seeds and problems, not one of shape {x.shape}')
     seeds,problems = x.shape[-2:]
     if problems < 2: raise ValueError('an interval needs at least two problems')
+    if np.isnan(x).any(): raise ValueError(f'{np.isnan(x).sum()} of {x.size} values are missing: '
+                                           'an interval needs one of every seed for every problem')
     m,of_seeds,of_problems = x.mean((-2, -1)),x.mean(-1),x.mean(-2)
     by_problem = of_problems.var(-1, ddof=1)/problems
     if seeds == 1: return m,0*m,by_problem,0*m

@@ -209,11 +209,15 @@ def _drawn(record):
     "Everything that can be drawn: (name, figure) or (name, table, note, columns in which the best is bold)."
     if (Path(record)/'rates.csv').is_file() and not (Path(record)/'results.parquet').is_file():
         know_arms(_manifest(record).get('arms', []))
-        return _rates(_read(record, 'rates'), _manifest(record)['run'])
+        yield from _rates(_read(record, 'rates'), _manifest(record)['run'])
+        return
     rows,costs,manifest = load_record(record)
     read,run,base,shown = partial(_read, record),manifest['run'],base_arms(rows, manifest),figure_arms(rows, manifest)
-    return (*_groups(rows, base, shown, run), *_trained(read, shown, run), *_measured(read, base, shown, run),
-            *_results(rows, costs, base, run), *_compared(rows, manifest))
+    yield from _groups(rows, base, shown, run)
+    yield from _trained(read, shown, run)
+    yield from _measured(read, base, shown, run)
+    yield from _results(rows, costs, base, run)
+    yield from _compared(rows, manifest)
 
 def redraw(
     record, # figures/record/PAPER
