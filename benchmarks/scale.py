@@ -127,7 +127,7 @@ def artifacts(run, turns, part):
 
 def child(part, root, turns):
     "One part at one size, in this process: seconds, and megabytes beside those that the imports hold."
-    import mapo.engines, mapo.methods, mapo.report, mapo.rewards # noqa: F401 imports are in no part's time
+    import mapo.engines, mapo.methods, mapo.record, mapo.rewards # noqa: F401 imports are in no part's time
     run = Run('scale', dict(turns=turns), root=root)
     run.stage(word_problems, count=1).read('problems') # pandas' and pyarrow's first use
     before = peak()
