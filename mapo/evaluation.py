@@ -160,6 +160,7 @@ def accuracy(
     metric:str='sampled', # see `score`
 )->pd.DataFrame: # `by`, then `accuracy, low, high` (95 %), `se`, `problems`, `seeds`
     "Mean accuracy per group with a standard error and 95 % interval over seeds and problems."
+    if rows.empty: raise ValueError('there are no compact rows to average')
     def row(key, x):
         m, se, low, high = map(float, cluster_interval(x.to_numpy()))
         return dict(zip(by, key), accuracy=m, low=low, high=high, se=se, problems=x.shape[1], seeds=x.shape[0])

@@ -224,10 +224,9 @@ def redraw(
     folder, # where figures and tables go
 )->list: # the files written
     "Draw all figures and tables of a paper from its record, the same bytes every time; of a grid's record, the rates."
-    run = _manifest(record)['run']
     def save(name, shown, note='', best=()):
         if not isinstance(shown, pd.DataFrame): return save_figure(shown, folder, name)
-        return save_table(shown, folder, name, f'{note} Run {run}.'.strip(), best)
+        return save_table(shown, folder, name, f"{note} Run {_manifest(record)['run']}.".strip(), best)
     return [file for drawn in _drawn(record) for file in save(*drawn)]
 
 # %% ../nbs/api/12c_record.ipynb #1e275a87
