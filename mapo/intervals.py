@@ -73,7 +73,8 @@ def cluster_interval(
     m,by_seed,by_problem,luck = variation(x)
     seeds,problems = np.shape(x)[-2:]
     each = np.mean(x, -2)
-    if np.min(x) < 0 or np.max(x) > 1: raise ValueError(f'accuracies lie in [0, 1], not in [{np.min(x):g}, {np.max(x):g}]')
+    low,high = np.min(x),np.max(x)
+    if low < 0 or high > 1: raise ValueError(f'accuracies lie in [0, 1], not in [{low:g}, {high:g}]')
     k = np.minimum((each < 1).sum(-1), (each > 0).sum(-1))
     mixed = (k*by_problem + m*(1 - m)/problems)/(k + 1)
     total,df = pooled(*_parts(by_seed, mixed, luck, seeds, problems))
