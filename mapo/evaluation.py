@@ -160,6 +160,7 @@ def accuracy(
     metric:str='sampled', # see `score`
 )->pd.DataFrame: # `by`, then `accuracy, low, high` (95 %), `se`, `problems`, `seeds`
     "Mean accuracy per group with a standard error and 95 % interval over seeds and problems."
+    if rows.empty: raise ValueError('there are no compact rows to average')
     def row(key, x):
         m, se, low, high = map(float, cluster_interval(x.to_numpy()))
         return dict(zip(by, key), accuracy=m, low=low, high=high, se=se, problems=x.shape[1], seeds=x.shape[0])
@@ -207,8 +208,9 @@ def is_itself(
     b:str, # likewise
 )->bool:
     "Do two names stand for the same rows?"
-    cells = lambda name: {*map(tuple, part(rows, name)[['arm', 'iteration', 'agent']].drop_duplicates().to_numpy())}
-    return cells(a) == cells(b)
+    return _cells(part(rows, a)) == _cells(part(rows, b))
+
+def _cells(side): return {*map(tuple, side[['arm', 'iteration', 'agent']].drop_duplicates().to_numpy())}
 
 # %% ../nbs/api/08_evaluation.ipynb #1fc3bcc1
 def differences(
@@ -222,7 +224,8 @@ def differences(
     lost = [name for name, side in zip((a, b), sides) if side.empty]
     if lost: raise ValueError(f"there is no arm {lost[0]!r} in the table; there are {', '.join(sorted(set(rows.arm)))}"
                               ', and ARM@ITERATION or ARM:AGENT of these')
-    if is_itself(rows, a, b): raise ValueError(f"{a!r} and {b!r} are the same rows: an arm is not held against itself")
+    same = _cells(sides[0]) == _cells(sides[1])
+    if same: raise ValueError(f"{a!r} and {b!r} are the same rows: an arm is not held against itself")
     x, y = (next(by_problem(side, ['arm'], metric))[1] for side in sides)
     for axis, name in ((0, 'seeds'), (1, 'problems')):
         if not x.axes[axis].equals(y.axes[axis]):

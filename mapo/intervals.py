@@ -24,14 +24,17 @@ def wilson(
     half = z*np.sqrt(p*(1 - p)/n + z**2/(4*n**2)) / (1 + z**2/n)
     return np.clip(middle - half, 0, 1),np.clip(middle + half, 0, 1)
 
-# %% ../nbs/api/04b_intervals.ipynb #bd271bac
+# %% ../nbs/api/04b_intervals.ipynb #0c648ed2
 def variation(
     x:np.ndarray, # (..., seeds, problems): one value each
 ): # arrays (...): mean, and of its variance what seeds show, what problems show, what both hold (A, B, E)
     "Two-way analysis of variance of a mean over seeds and problems."
     x = np.asarray(x, float)
+    if x.ndim < 2: raise ValueError(f'an interval takes a table of seeds and problems, not one of shape {x.shape}')
     seeds,problems = x.shape[-2:]
-    if problems < 2: raise ValueError('an interval needs at least two problems')
+    if seeds < 1 or problems < 2: raise ValueError('an interval needs a seed and at least two problems')
+    if np.isnan(x).any(): raise ValueError(f'{np.isnan(x).sum()} of {x.size} values are missing: '
+                                           'an interval needs one of every seed for every problem')
     m,of_seeds,of_problems = x.mean((-2, -1)),x.mean(-1),x.mean(-2)
     by_problem = of_problems.var(-1, ddof=1)/problems
     if seeds == 1: return m,0*m,by_problem,0*m
@@ -70,6 +73,8 @@ def cluster_interval(
     m,by_seed,by_problem,luck = variation(x)
     seeds,problems = np.shape(x)[-2:]
     each = np.mean(x, -2)
+    low,high = np.min(x),np.max(x)
+    if low < 0 or high > 1: raise ValueError(f'accuracies lie in [0, 1], not in [{low:g}, {high:g}]')
     k = np.minimum((each < 1).sum(-1), (each > 0).sum(-1))
     mixed = (k*by_problem + m*(1 - m)/problems)/(k + 1)
     total,df = pooled(*_parts(by_seed, mixed, luck, seeds, problems))
@@ -85,7 +90,7 @@ def mean_interval(
     low,high = around(m, variance, np.size(x) - 1)
     return m,variance**.5,max(low, 0.),high
 
-# %% ../nbs/api/04b_intervals.ipynb #c5637af2
+# %% ../nbs/api/04b_intervals.ipynb #1e025a40
 def over_seeds(
     means, # (seeds,) each over the same problems
     errors, # (seeds,) their standard errors
@@ -93,6 +98,7 @@ def over_seeds(
 ): # (mean, low, high)
     "Mean over seeds of which only mean and standard error are known, with an interval on the safe side."
     n,m = len(means),np.mean(means)
+    if n < 2: raise ValueError('one seed has its own interval; this one is over two or more')
     variance,df = pooled((np.var(means, ddof=1)/n, n - 1), (np.mean(np.square(errors)), problems - 1))
     return m,*around(m, variance, df)
 

@@ -209,21 +209,24 @@ def _drawn(record):
     "Everything that can be drawn: (name, figure) or (name, table, note, columns in which the best is bold)."
     if (Path(record)/'rates.csv').is_file() and not (Path(record)/'results.parquet').is_file():
         know_arms(_manifest(record).get('arms', []))
-        return _rates(_read(record, 'rates'), _manifest(record)['run'])
+        yield from _rates(_read(record, 'rates'), _manifest(record)['run'])
+        return
     rows,costs,manifest = load_record(record)
     read,run,base,shown = partial(_read, record),manifest['run'],base_arms(rows, manifest),figure_arms(rows, manifest)
-    return (*_groups(rows, base, shown, run), *_trained(read, shown, run), *_measured(read, base, shown, run),
-            *_results(rows, costs, base, run), *_compared(rows, manifest))
+    yield from _groups(rows, base, shown, run)
+    yield from _trained(read, shown, run)
+    yield from _measured(read, base, shown, run)
+    yield from _results(rows, costs, base, run)
+    yield from _compared(rows, manifest)
 
 def redraw(
     record, # figures/record/PAPER
     folder, # where figures and tables go
 )->list: # the files written
     "Draw all figures and tables of a paper from its record, the same bytes every time; of a grid's record, the rates."
-    run = _manifest(record)['run']
     def save(name, shown, note='', best=()):
         if not isinstance(shown, pd.DataFrame): return save_figure(shown, folder, name)
-        return save_table(shown, folder, name, f'{note} Run {run}.'.strip(), best)
+        return save_table(shown, folder, name, f"{note} Run {_manifest(record)['run']}.".strip(), best)
     return [file for drawn in _drawn(record) for file in save(*drawn)]
 
 # %% ../nbs/api/12c_record.ipynb #1e275a87

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mapo.figures import figure_style, plot_arms
+from mapo.figures import plot_arms
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.multiagent_ft import MULTIAGENT_FT
-from mapo.record import claims_note, compare_to_record, correct_record, figure_arms, load_record, redraw, save_record
+from mapo.record import _drawn, claims_note, compare_to_record, correct_record, figure_arms, load_record, redraw, save_record
 from written import costs, debates, everything, figures, manifest, record, rows, trees  # noqa: F401 fixtures among them
 
 
@@ -125,8 +125,8 @@ def test_an_empty_table_of_a_record_is_passed_over(debates, costs, tmp_path):
 
 def test_a_team_trained_once_has_rows_whatever_its_bases(trees, costs, tmp_path):
     "Lines from nowhere to iteration 1 would say nothing; an arm that is its own base is no other case."
-    bases = {a: a for a in ('sa', 'ma')} | dict(malt='ma_vote')
-    save_record(tmp_path/'record', trees['rows'], costs[:0], {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')} | dict(bases=bases) | figures(MALT, trees['rows']))
-    svg = {f.stem: f for f in redraw(tmp_path/'record', tmp_path/'drawn') if f.suffix == '.svg'}
-    with figure_style(): rows = plot_arms(trees['rows'][trees['rows'].arm.isin(figure_arms(trees['rows'], dict(bases=bases) | figures(MALT, trees['rows']))['accuracy'])], run=manifest['run'])
-    assert svg['accuracy'].read_bytes() == rows._bytes('svg', 200)
+    about = manifest | dict(bases={a: a for a in ('sa', 'ma')} | dict(malt='ma_vote'), claims=[], comparisons=[]) | figures(MALT, trees['rows'])
+    save_record(tmp_path, trees['rows'], costs[:0], about)
+    drawn = next(figure for name, figure, *_ in _drawn(tmp_path) if name == 'accuracy')
+    shown = trees['rows'][trees['rows'].arm.isin(figure_arms(trees['rows'], about)['accuracy'])]
+    assert drawn._bytes('svg', 200) == plot_arms(shown, run=manifest['run'])._bytes('svg', 200)
