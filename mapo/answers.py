@@ -7,11 +7,11 @@ __all__ = ['LONGEST_TEXT', 'LONGEST_ANSWER', 'KINDS', 'ROUNDING', 'SHARE', 'PATI
            'canonical_answer', 'extract_answer', 'comparer', 'serve', 'Grader', 'grade']
 
 # %% ../nbs/api/01_answers.ipynb #48d9a7aa
-import json, logging, os, re, select, subprocess, sys
+import cmath, json, logging, math, os, re, select, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from itertools import permutations
+from itertools import groupby, permutations, product
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -90,7 +90,7 @@ def _ending(text): # what a text ends in; the text itself where that is not plai
     if not runs and not _prose(text) and '\n' not in text: return text or None
     whole = text[-LONGEST_ANSWER:]
     if re.search(r'\banswers?\b', text, re.I): return whole
-    last = _ENDING.search(text[-300:])
+    last = _ENDING.match(text[-300:].rpartition('\n')[2])
     whole_clause = last and not _prose(last[1]) and not re.search(', *[a-zA-Z]{3}', last[1])
     if whole_clause and re.search('[0-9√π∞]', last[1]): return last[1]
     rest = text[runs[-1][1]:] if runs else text
@@ -292,6 +292,120 @@ def _same(x, percent, y, other):
     near = lambda a, b: (_decimal(a) or _decimal(b)) and round(a, ROUNDING) == round(b, ROUNDING) != 0
     return any(a == b or near(a, b) for a, b in readings)
 
+# %% ../nbs/api/01_answers.ipynb #00c06689
+_SYMBOLS = (r'[a-zA-Z](?:_\{?[0-9a-zA-Z]\}?)?|'
+            r'\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega|pi|infty)(?![a-zA-Z])')
+_TOKENS = re.compile(r'\\(?:frac|sqrt(?:\[[2-9]\])?|sin|cos|tan|ln|cdot|times)(?![a-zA-Z])|'
+                     rf'{_SYMBOLS}|[0-9]*\.[0-9]+|[0-9]+|[-+*/^(){{}}]')
+_CONSTANTS = {r'\pi': math.pi, r'\infty': 1.5e30, 'e': math.e, 'i': 1j}
+_FUNCTIONS = {r'\sin': cmath.sin, r'\cos': cmath.cos, r'\tan': cmath.tan, r'\ln': cmath.log}
+_PERHAPS_WORD = re.compile(r'[0-9}](?:[thclsgmdo]|[a-zA-Z]{2,})$|(?<![\\a-zA-Z])[a-zA-Z]{3}') # or a unit
+
+class _Unsure(ValueError): "A formula that has not one sure value."
+
+def _valued(text, known): # the value of a formula at one place; known values of variables by name
+    tokens = _TOKENS.findall(text)
+    written = re.sub(r'(\\[a-z]+) (?=[a-zA-Z])', r'\1', text.strip())
+    if ''.join(tokens) != written or _PERHAPS_WORD.search(text): raise _Unsure
+    rest = ['', *reversed(tokens)] # what is still to be read, the next token last
+    value = _sum(rest, known)
+    if rest != [''] or not cmath.isfinite(value): raise _Unsure
+    return value
+
+# %% ../nbs/api/01_answers.ipynb #7a427930
+_PRECISE = 1e6 # as large as a number may get before floating point loses what rounding keeps
+
+def _sum(rest, known):
+    terms = []
+    while not terms or rest[-1] in ('+', '-'):
+        sign = rest.pop() if rest[-1] in ('+', '-') else '+'
+        terms.append(_product(rest, known)*(-1 if sign == '-' else 1))
+    if len(terms) > 1 and max(map(abs, terms)) > _PRECISE: raise _Unsure
+    return sum(terms)
+
+def _product(rest, known):
+    value, sign = 1, '*'
+    while True:
+        number = rest[-1][:1].isdigit()
+        factor = _power(rest, known)
+        if sign == '/' and abs(factor) < 1/_PRECISE: raise _Unsure
+        value = value/factor if sign == '/' else value*factor
+        if rest[-1] in ('', '+', '-', ')', '}'): return value
+        if sign == '/': raise _Unsure # `1/2x`
+        sign = rest.pop() if rest[-1] in ('*', '/', r'\cdot', r'\times') else ''
+        mixed = number and rest[-1] == r'\frac'
+        if not sign and (mixed or rest[-1][:1] in '.0123456789'): raise _Unsure # `x2`
+
+# %% ../nbs/api/01_answers.ipynb #abbfc632
+def _power(rest, known):
+    base = _atom(rest, known)
+    if rest[-1] != '^': return base
+    rest.pop()
+    if len(rest[-1]) > 1: raise _Unsure # `x^10`
+    exponent = _atom(rest, known)
+    if rest[-1] == '^': raise _Unsure
+    return _raised(base, exponent)
+
+def _raised(base, exponent):
+    if abs(exponent) > 100: raise _Unsure
+    if exponent == (whole := round(complex(exponent).real)): return base**whole
+    if complex(base).imag or complex(base).real <= 0: raise _Unsure
+    return complex(base).real**exponent
+
+def _atom(rest, known):
+    token = rest.pop()
+    if token == '(' or token == '{':
+        value = _sum(rest, known)
+        if rest.pop() != {'(': ')', '{': '}'}[token]: raise _Unsure
+        return value
+    if re.fullmatch(_SYMBOLS, token): return _symbol(re.sub('[{}]', '', token.lower()), known)
+    if token[:1] in ('.', *'0123456789'): return float(token)
+    return _command(token, rest, known)
+
+# %% ../nbs/api/01_answers.ipynb #330dfd90
+def _symbol(name, known): return known.get(name, _CONSTANTS.get(name, .5 + sum(map(ord, name))*.6180339887 % 1))
+
+def _command(token, rest, known):
+    if token[:1] != '\\' or rest[-1] not in ('(', '{'): raise _Unsure
+    inner = _atom(rest, known)
+    if token == r'\frac':
+        below = _atom(rest, known)
+        if abs(below) < 1/_PRECISE: raise _Unsure
+        return inner/below
+    if token == r'\sqrt': return cmath.sqrt(inner)
+    if token[:5] == r'\sqrt': return _raised(inner, 1/int(token[6]))
+    if token not in _FUNCTIONS or rest[-1] in ('^', '('): raise _Unsure # `\sin(x)^2`
+    return _FUNCTIONS[token](inner)
+
+# %% ../nbs/api/01_answers.ipynb #e2d2ee5f
+_BRACKETS = re.compile(r'(?:\\\{|[(\[])(.*)(?:\\\}|[)\]])')
+
+def _elements(text): # of a list, each as the sides of an equation
+    listed = _BRACKETS.fullmatch(text)
+    found = [part.split('=') for part in (listed[1] if listed and ',' in text else text).split(',')]
+    if len(found) > 1 and (max(map(len, found)) > 1 or re.search(r'[0-9],[0-9]{3}(?![0-9])', text)): raise _Unsure
+    return found
+
+def _far(a, b): return abs(a - b) > 1e-5 + 1e-9*abs(a) # above what rounding forgives
+
+def _differ(gold, answer): # whether their values surely differ
+    if max(len(gold), len(answer)) > 200: return False
+    try: return _values_differ(_elements(gold), _elements(answer))
+    except (ValueError, ArithmeticError): return False
+
+def _values_differ(golds, answers):
+    single = len(golds) == len(answers) == 1
+    if single and len(golds[0]) > 1 and len(answers[0]) > 1: return not _holds(answers[0], golds[0])
+    ours, theirs = ([_valued(side, {}) for sides in found for side in sides] for found in (golds, answers))
+    if single: return all(_far(x, y) for x, y in product(ours, theirs))
+    if len(golds) == 1 or len(answers) == 1: return any(_far(x, y) for x, y in permutations(max(ours, theirs, key=len), 2))
+    return any(all(_far(x, y) for y in others) for mine, others in ((ours, theirs), (theirs, ours)) for x in mine)
+
+def _holds(sides, gold): # whether an equation holds where the gold equation does
+    if not re.fullmatch('[a-zA-Z]', gold[0]): raise _Unsure
+    known = {gold[0].lower(): _valued(gold[-1], {})}
+    return not _far(_valued(sides[0], known), _valued(sides[-1], known))
+
 # %% ../nbs/api/01_answers.ipynb #697a7aa8
 _LONG = re.compile('[a-z]{4,}|[a-z]+(?:[ -][a-z]+)+') # three letters may be a product
 
@@ -303,7 +417,24 @@ def _decided(gold, answer, kind):
     if kind != 'math': return False
     words = [bool(_LONG.fullmatch(text)) for text in (gold, answer)]
     based = [bool(_BASED.fullmatch(text)) for text in (gold, answer)]
-    return False if all(words) or all(based) or any(words + based) and (one or other) else None
+    if all(words) or all(based) or any(words + based) and (one or other): return False
+    return False if _differ(gold, answer) else None
+
+# %% ../nbs/api/01_answers.ipynb #9277b6c2
+@lru_cache(1)
+def _patterns(): # what math-verify looks for in a text, the best reasons first, those of one rank together
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, get_extraction_regexes
+    kinds = get_extraction_regexes([LatexExtractionConfig(), ExprExtractionConfig()])
+    ranked = sorted(((rank, pattern) for patterns, _ in kinds for pattern, rank in patterns), key=lambda pair: pair[0])
+    return [[pattern for _, pattern in found] for _, found in groupby(ranked, lambda pair: pair[0])]
+
+def _chosen(text): # the formula or number of a text that math-verify would read first; None if it would join several
+    for patterns in _patterns():
+        matches = [match for pattern in patterns for match in pattern.finditer(text)]
+        if not matches: continue
+        last = max(matches, key=lambda match: (match.end(), -match.start()))
+        parts = [part for part in last.groupdict().values() if part]
+        return parts[0] if len(parts) == 1 else None
 
 # %% ../nbs/api/01_answers.ipynb #b0c364d8
 def _asked(text): # as math-verify wants it
@@ -341,9 +472,11 @@ def comparer():
         if x.has(UnevaluatedExpr) or y.has(UnevaluatedExpr): return False # percent has two values
         try: pairs = list(zip(values(x), values(y), strict=True))
         except Exception: return False
-        return any(abs(a - b) > 1e-5 + 1e-9*abs(a) for a, b in pairs) # above what rounding forgives
+        return any(_far(a, b) for a, b in pairs)
 
     def equal(gold, answer):
+        part = _chosen(answer) if _asked(answer) == answer else None
+        if part and _decided(gold, canonical_answer(part, 'math') or gold, 'math') is False: return False
         golds, answers = read(gold), read(answer)
         if bool(equations(golds)) != bool(equations(answers)):
             golds = [x for x in golds if answers_alone(x, False)]

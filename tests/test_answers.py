@@ -1,5 +1,5 @@
 """Answers: every public gold solution, a careful teacher's verdicts, hostile answers, workers that die."""
-import json, os, random, subprocess, sys, threading, time
+import json, os, random, re, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from free_answers import generated, hand_written, unseen
-from mapo.answers import LONGEST_ANSWER, Grader, _decided, _Worker, canonical_answer, extract_answer, grade, without_thoughts
+from mapo.answers import LONGEST_ANSWER, Grader, _chosen, _decided, _differ, _prose, _Worker, canonical_answer, comparer, extract_answer, grade, without_thoughts
 from mapo.problems import gsm8k, math_500
 
 DATA = Path(os.environ.get('MAPO_SHARED_DATA', Path(__file__).resolve().parent.parent/'../shared/data'))
@@ -234,6 +234,27 @@ def test_decisions_without_math_verify_agree_with_it(public, grader):
     assert len(pairs) > 400 and grader.disagreements(*zip(*pairs), 'math') == []
 
 
+def test_a_text_that_is_refused_for_what_is_chosen_in_it_is_refused_when_it_is_read(public, monkeypatch):
+    rows = [(gold, text) for gold, text, _ in [*hand_written(), *unseen()]] + list(zip(public.answer, public.solution))[1319:1400]
+    golds = [canonical_answer(gold, 'math') for gold, _ in rows]
+    texts = [' '.join(text.split())[-300:] for _, text in rows]
+    cases = [(golds[(i + shift) % len(golds)], t) for i, t in enumerate(texts) if _prose(t) for shift in (0, 7, 31, 90)]
+    equal, refused = comparer(), lambda gold, text: _decided(gold, canonical_answer(_chosen(text), 'math') or gold, 'math') is False
+    sure = [case for case in cases if _chosen(case[1]) and refused(*case)]
+    monkeypatch.setattr('mapo.answers._chosen', lambda text: None)
+    assert len(sure) > 200 and [case for case in sure if equal(*case)] == [('52_8', 'The sum is $52_9$.')] # where it loses the base
+
+
+def test_formulas_that_differ_for_sure_differ_for_math_verify(public, grader):
+    golds, draw = sorted(set(public.answer[public.kind == 'math'])), random.Random(3)
+    other = (lambda a: f'y={a}', lambda a: f'-{a}', lambda a: f'{a}+1', lambda a: f'{a}^2', lambda a: f'({a},1)', lambda a: rf'\sqrt{{{a}}}', lambda a: f'2({a})')
+    pairs = [(draw.choice(golds), draw.choice(golds)) for _ in range(800)]
+    pairs += [(a, draw.choice(other)(b)) for a, b in pairs] + [(a, draw.choice(other)(a)) for a, _ in pairs]
+    keys = [[canonical_answer(a, 'math') for a in pair] for pair in pairs]
+    sure = [pair for pair, key in zip(pairs, keys) if key[0] != key[1] and _differ(*key)]
+    assert len(sure) > 800 and grader.disagreements(*zip(*sure), 'math') == []
+
+
 def test_other_writings_of_numbers_are_decided_as_math_verify_decides(public, grader):
     golds, draw = sorted(set(public.answer[public.kind == 'math'])), random.Random(2)
     numbers = [g for g in golds if g.isdigit()]
@@ -252,7 +273,7 @@ def test_disagreements_are_found():
 def test_all_questions_about_a_gold_answer_go_to_one_worker(monkeypatch):
     asked = {}
     monkeypatch.setattr(_Worker, 'ask', lambda self, gold, answer: asked.setdefault(gold, set()).add(id(self)) or False)
-    with Grader(n_workers=3) as grader: grader.grade([f'x+{i}' for i in range(300) for _ in range(3)], [f'y+{i}' for i in range(900)], 'math')
+    with Grader(n_workers=3) as grader: grader.grade([f'x!+{i}' for i in range(300) for _ in range(3)], [f'y!+{i}' for i in range(900)], 'math')
     assert len(asked) == 300 and all(len(workers) == 1 for workers in asked.values())
 
 
@@ -267,10 +288,10 @@ def test_a_question_that_takes_too_long_need_not_cost_its_worker():
 
 def test_classes_close_over_what_is_equal_and_compare_no_more_than_they_must(monkeypatch):
     asked = []
-    equal = {('x', 'y'), ('y', 'z')}
+    equal = {('x!', 'y!'), ('y!', 'z!')}
     monkeypatch.setattr(_Worker, 'ask', lambda self, gold, answer: asked.append((gold, answer)) or (gold, answer) in equal)
     with Grader() as grader:
-        assert grader.classes([['z', 'x', 'y', 'w'], ['x', 'w'], ['7', '8']], ['math']*3) == [dict(z='x', x='x', y='x', w='w'), dict(x='x', w='w'), {'7': '7', '8': '8'}]
+        assert grader.classes([['z!', 'x!', 'y!', 'w!'], ['x!', 'w!'], ['7', '8']], ['math']*3) == [{'z!': 'x!', 'x!': 'x!', 'y!': 'x!', 'w!': 'w!'}, {'x!': 'x!', 'w!': 'w!'}, {'7': '7', '8': '8'}]
         assert len(asked) == len(set(asked)) == 12
-        many = [f'x+{i}y' for i in range(200)]
+        many = [f'x!+{i}y' for i in range(200)]
         assert grader.classes([many], ['math']) == [{a: a for a in many}] and len(asked) == 12 + 50*49
