@@ -7,7 +7,7 @@ __all__ = ['LONGEST_TEXT', 'LONGEST_ANSWER', 'KINDS', 'ROUNDING', 'SHARE', 'PATI
            'canonical_answer', 'extract_answer', 'comparer', 'serve', 'Grader', 'grade']
 
 # %% ../nbs/api/01_answers.ipynb #48d9a7aa
-import cmath, json, logging, math, os, re, select, subprocess, sys
+import cmath, json, logging, math, os, re, select, subprocess, sys, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
@@ -44,6 +44,9 @@ _WHOLE = (r'[0-9]{1,3}(?:,[0-9]{3}){1,20}(?![0-9])|'
 _DIGITS = rf'(?:(?:{_WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,2}}(?![0-9]))?(?:/[0-9]+)?'
 _SIGN = r'(?:(?<![\w)\]}.])[-+−] ?)?(?:\\?[$€£] ?)?(?:(?<![\w.])[-+])?'
 _NUMBER = re.compile(rf'{_SIGN}(?<![0-9]:)(?<![0-9]){_DIGITS}(?!:?[0-9])')
+_TIME = (r'(?<![0-9:.])(?:[01]?[0-9]|2[0-4]):[0-5][0-9](?![0-9:])'
+         r'(?:(?: |\\text\{ ?)?[ap]\.?m\b\.?\}?|(?: |\\text\{ ?)?[AP]\.?M\b\.?\}?)?')
+_NUMBER_OR_TIME = re.compile(f'{_TIME}|{_NUMBER.pattern}')
 
 # %% ../nbs/api/01_answers.ipynb #88a475eb
 _FORMULA = re.compile(r'(?<![\\$])\$\$([^$]+)\$\$|(?<![\\$])\$((?:\\.|[^$\\\n])+)\$(?!\d)'
@@ -68,9 +71,21 @@ def _runs(text, spans): # spans `(start, end, content)`, joined ones as one
         else: runs.append((start, end, content))
     return runs
 
+
+
+# %% ../nbs/api/01_answers.ipynb #15f0af55
+_NOT = re.compile(r"(?:\b(?:not|rather than|instead of|unlike|neither|nor)|n't)(?: be| equal to)?[\s$]*(?:\\[(\[])?\s*$", re.I)
+_RIGHT = '(?:right|correct|possible|valid|allowed|the (?:solution|answer)|a (?:valid )?(?:solution|answer|root))'
+_FALSE = rf'wrong|incorrect|impossible|invalid|extraneous|excluded|ruled out|rejected|too \w+|not {_RIGHT}'
+_WRONG = re.compile(r'[\s$]*(?:\\[)\]])?\s*(?:(?:is|was|would be|seems)(?: \w+ly)? '
+                    rf"(?:{_FALSE})\b|(?:isn't|can(?:not|'t) be) {_RIGHT}\b)", re.I)
+
 def _boxed(text):
     from mapo.problems import boxes # here, so that a grading worker need not import pandas
-    return ([None] + [content for *_, content in _runs(text, boxes(text))])[-1]
+    found = boxes(text)
+    meant = [(start, end, content) for start, end, content in found
+             if not _NOT.search(text[max(0, start - 40):start]) and not _WRONG.match(text[end:end+80])]
+    return ([None] + [content for *_, content in _runs(text, meant)])[-1]
 
 # %% ../nbs/api/01_answers.ipynb #e5c4a79a
 _TEXT = re.compile(r'\\(?:text|textbf|textit|textrm|mbox|mathrm)\{ ?\(?([^{}]*?)[). ]*\}') # an upright word or unit
@@ -81,13 +96,23 @@ _LETTERS = re.compile(rf'(?<![\\a-zA-Z{{])(?!(?:{_NAMES})(?![a-zA-Z]))[a-zA-Z]{{
 def _prose(text): return len(_LETTERS.findall(_TEXT.sub('', text))) > 1 # two words
 
 # %% ../nbs/api/01_answers.ipynb #5a5eba8b
-_ENDING = re.compile(r'.*\b(?:is|are|equals?|gives?|obtain|(?:come|evaluate|simplifie|amount)s to) +'
-                     r'([^$\n\\=≈]{1,100}?)\.?\s*$')
+_ENDING = re.compile(r'.*\b(?:is|are|equals?|gives?|obtain|(?:come|evaluate|simplifie|amount)s to):? +'
+                     r'((?:[a-zA-Z] ?= ?)?[^$\n\\=≈]{1,100}?)\.?\s*$')
 _OPERATOR = '[-+*/^×÷·]'
+_REST = r'(?:[^,.!?\n]|\.[0-9])*[.!?)]*$' # of a sentence without a comma
+_REMARK = re.compile(r',?\s\(?(?:(?:even )?though|although|whereas|rather than|instead of|not counting|'
+                     r'(?:rounded|(?:correct )?to the nearest)(?!.*(?:\b(?:is|equals|gives)\b|[=≈])))\b' + _REST +
+                     rf'|,\s(?:and |but )?not\b{_REST}')
+
+def _unremarked(text): # without a remark at its end
+    remark = _REMARK.search(text, max(0, len(text) - 300))
+    return text[:remark.start()] if remark and re.search(r'[0-9$]|\\[([]', text[:remark.start()][-100:]) else text
 
 def _ending(text): # what a text ends in; the text itself where that is not plain; None if it names nothing
     runs = _formulas(text)
-    if not runs and not _prose(text) and '\n' not in text: return text or None
+    if not runs and not _prose(text) and '\n' not in text:
+        says_one = _LETTERS.match(text.removeprefix('I ')) and len(_NUMBER_OR_TIME.findall(text)) == 1
+        return says_one and _lone(text) or text or None
     whole = text[-LONGEST_ANSWER:]
     if re.search(r'\banswers?\b', text, re.I): return whole
     last = _ENDING.match(text[-300:].rpartition('\n')[2])
@@ -98,7 +123,7 @@ def _ending(text): # what a text ends in; the text itself where that is not plai
     return runs[-1][2] if runs else None
 
 def _lone(text): # the last number, if it is plainly no part of a formula
-    last = ([None] + list(_NUMBER.finditer(text)))[-1]
+    last = ([None] + list(_NUMBER_OR_TIME.finditer(text)))[-1]
     if not last: return None
     before, after = text[:last.start()], text[last.end():]
     signed = last[0][0] in '+-−' and re.search(r'[\w)]\s*$', before)
@@ -109,7 +134,7 @@ def _lone(text): # the last number, if it is plainly no part of a formula
 # %% ../nbs/api/01_answers.ipynb #b3aa7b3d
 _STATED = re.compile(r'\banswers?\b\**(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b|' # in words,
                      r'\s*(?:\([^()\n]{0,40}\))?\s*[:=>]|\s*\n)[\s:*]*', re.I) # or by a colon, a tag, a heading
-_REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if)\b.*', re.S)
+_REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if|though|although|rather than|instead of)\b.*|, (?:and |but )?not\b.*', re.S)
 
 def _statement(text):
     ends = [m.end() for m in _STATED.finditer(text)]
@@ -160,9 +185,11 @@ def _fraction(text):
     return None if slash and not bottom.strip('0') else Fraction(top)/int(bottom or 1)
 
 # %% ../nbs/api/01_answers.ipynb #f00b3996
+def _raised_digit(power): return '²³⁴⁵⁶⁷⁸⁹'[int(power[1]) - 2]
+
 _LOOKS = [(re.compile(pattern), to) for pattern, to in [
     (r'\\(?:! *|,)|\\?\$(?=[^0-9.]|$)', ''), (r'\{,\}', ','), ('[−–]', '-'), (_TEXT.pattern, r' \1 '),
-    (r' ?\^ ?\{?\\circ ?\}?|\\degree|°', ' degrees')]]
+    (r' ?\^ ?\{?\\circ ?\}?|\\degree|°', ' degrees'), (r'(?<=[a-zA-Z]{2}) ?\^ ?\{?([2-9])\}?$', _raised_digit)]]
 
 def _plain(text): # what stands before its only number, that number, what stands after it; None if there is not one
     for pattern, to in _LOOKS: text = pattern.sub(to, text)
@@ -188,7 +215,7 @@ def _number(answer):
 def _alone(side): # the number of a side that holds nothing else but words
     before, value, after = _plain(side) or ('', None, '')
     around = re.sub(r'\\[()]|\\?\$', '', f'{before} {after}')
-    return None if re.search(r'[\\^_*+/<>√π]|\b(?:pi|sqrt)\b', around) or _SYMBOL.search(around) else value
+    return None if re.search(r'[\\^_*+/<>√π!]|\b(?:pi|sqrt)\b', around) or _SYMBOL.search(around) else value
 
 # %% ../nbs/api/01_answers.ipynb #2f387081
 _REWRITES = [(re.compile(pattern), to) for pattern, to in [
@@ -208,17 +235,25 @@ _REWRITES = [(re.compile(pattern), to) for pattern, to in [
     # spaces go where they say nothing: \1 keeps those between numbers, after a factorial, a row or a command
     (r'([0-9]), (?=[0-9]{3}(?![0-9]))', '\\1,\1'), (r'([0-9]) (?=[0-9])', '\\1\1'), (r'(?<=[0-9)}])! *=', '!\1='),
     (r'\\\\ *', '\\\\\\\\\1'), (r'(\\[a-zA-Z]+) (?=[a-zA-Z])', '\\1\1'), (' ', ''), ('\1', ' ')]]
+_BEFORE_UNIT = re.compile(rf'(?<=[\w}})]){_TEXT.pattern}(?:\^\{{?([0-9])\}}?)?$')
 _BASED = re.compile(r'(-?[0-9A-Z]+)_\{?([0-9]+)\}?') # a numeral and its base
 
 def _latex(text):
     for pattern, to in _REWRITES: text = pattern.sub(to, text)
-    text = re.sub(rf'(?<=[\w}})]){_TEXT.pattern}(?:\^\{{?[0-9]\}}?)?$', '', text.rstrip('.\\, '))
+    text = _both(_BEFORE_UNIT.sub(lambda unit: _power_of(unit[2]), text.rstrip('.\\, ')))
     based = _BASED.fullmatch(text)
     return text if not based else based[1] if based[2] == '10' else f'{based[1]}_{based[2]}'
 
+def _power_of(power): return rf'\text{{unit}}^{unicodedata.digit(power)}' if power else ''
+
+def _both(text): # both values of a formula with one plus-minus
+    if text.count(r'\pm') != 1 or ',' in text: return text
+    plus, minus = (text.replace(r'\pm', sign) for sign in '+-')
+    return f"{re.sub('(^|=)[+]', lambda start: start[1], plus)},{minus}"
+
 # %% ../nbs/api/01_answers.ipynb #47ec1c15
 _SHORT = 'cm|mm|km|kg|mg|ml|ft|in|hr|hrs|min|sec|mph|lb|lbs|oz|mi|yd|USD' # units
-_UNIT = re.compile(rf'(?:(?:[a-zA-Z]{{2,}} )*(?:[a-zA-Z]{{4,}}|{_SHORT}))?\.?(?: ?\^?\{{?[23²³]\}}?)?')
+_UNIT = re.compile(rf'(?:(?:[a-zA-Z]{{2,}} )*(?:[a-zA-Z]{{4,}}|{_SHORT}))?\.?(?: ?([²³⁴⁵⁶⁷⁸⁹]))?')
 _ABOUT = re.compile(r'(?:\\approx|≈|about|approximately|exactly)?')
 _WORD = re.compile(rf'(?!.*\b(?:{_NAMES})\b)[a-zA-Z]+(?:[ -][a-zA-Z]+)*')
 
@@ -234,7 +269,9 @@ def _math(answer):
     if formula: text = formula[formula.lastindex].strip().rstrip(' .')
     elif _FORMULA.search(text): return ' '.join(text.split()) # a text with formulas, for math-verify
     before, value, after = _plain(text) or ('', None, '')
-    if value and _ABOUT.fullmatch(before) and _UNIT.fullmatch(after): return value
+    unit = _UNIT.fullmatch(after) if value and _ABOUT.fullmatch(before) else None
+    if unit: return value + _power_of(unit[1])
+    if re.fullmatch(_TIME, text): return re.sub('^0(?=[0-9]:)', '', re.sub('[^0-9:apm]', '', text.lower()))
     return _word(text) or (' '.join(text.split()) if _prose(text) else _latex(text)) or None
 
 # %% ../nbs/api/01_answers.ipynb #c49272a8
@@ -259,22 +296,27 @@ def canonical_answer(
     return _canonical(answer, kind)
 
 # %% ../nbs/api/01_answers.ipynb #28170a06
-_SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</answer>')
-_BOLD = re.compile(r'\*\*(?=[^\s*])([^*\n]+)(?<![\s*])\*\*') # not a power: `2**3`
+_SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</answer>|' # tokens of templates,
+                      r'\x1b\[[0-9;?]*[ -/]*[@-~]|(?<!\\)\\n(?![a-z])') # a terminal's escape codes, a written line break
+_BOLD = re.compile(r'(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<![\s*])\*\*') # no power: `2**3**4`
 
 def extract_answer(
     text:str, # what a model or an author wrote
     kind:str='number', # `number`, `math` or `choice`
-)->str|None: # in the text's own characters; None if there is none; of kind `math` the text itself where it is not plain
+)->str|None: # in the text's own characters; None if there is none; the text itself if not plain (`math`)
     "The final answer of a text: after `####`, in a box or in words; else what the text ends in."
     text = _SPECIAL.sub('\n', without_thoughts(text[-LONGEST_TEXT:])).strip()
     if kind != 'choice': text = _BOLD.sub(r'\1', text)
     for find in (_boxed, _hashed, _statement) if kind == 'math' else (_hashed, _boxed, _statement):
         stated = find(text)
         if canonical_answer(stated, kind) is not None: return stated.strip()
-    if kind == 'choice': return _letter(text)
-    if kind == 'math': return _ending(text)
-    return None if _boxed(text) else ([None] + _NUMBER.findall(text))[-1]
+    found = _letter(text) if kind == 'choice' else _ending(_unremarked(text)) if kind == 'math' else _last_number(text)
+    return found if canonical_answer(found, kind) is not None else None
+
+def _last_number(text): # unless the text states what is no number
+    _, mark, last = text.rpartition('\n')[2].rpartition('####')
+    if _boxed(text) or mark and re.search('[0-9]', last): return None
+    return ([None] + re.findall(rf'(?<!\^){_NUMBER.pattern}', _unremarked(text)))[-1]
 
 # %% ../nbs/api/01_answers.ipynb #6c015b05
 ROUNDING = 6 # decimals, as in math-verify
@@ -398,8 +440,11 @@ def _values_differ(golds, answers):
     if single and len(golds[0]) > 1 and len(answers[0]) > 1: return not _holds(answers[0], golds[0])
     ours, theirs = ([_valued(side, {}) for sides in found for side in sides] for found in (golds, answers))
     if single: return all(_far(x, y) for x, y in product(ours, theirs))
-    if len(golds) == 1 or len(answers) == 1: return any(_far(x, y) for x, y in permutations(max(ours, theirs, key=len), 2))
-    return any(all(_far(x, y) for y in others) for mine, others in ((ours, theirs), (theirs, ours)) for x in mine)
+    if len(golds) == 1 or len(answers) == 1:
+        several = ours if len(golds) > 1 else theirs
+        return any(_far(several[0], x) for x in several) # `5, 5` may be 5
+    lonely = lambda some, others: any(all(_far(x, y) for y in others) for x in some)
+    return lonely(ours, theirs) or lonely(theirs, ours)
 
 def _holds(sides, gold): # whether an equation holds where the gold equation does
     if not re.fullmatch('[a-zA-Z]', gold[0]): raise _Unsure
@@ -408,13 +453,21 @@ def _holds(sides, gold): # whether an equation holds where the gold equation doe
 
 # %% ../nbs/api/01_answers.ipynb #697a7aa8
 _LONG = re.compile('[a-z]{4,}|[a-z]+(?:[ -][a-z]+)+') # three letters may be a product
+_CLOCK = re.compile('([0-9]+:[0-9]{2})([ap]m)?')
+
+def _unit_apart(text): return text.partition(r'\text{unit}^')[::2]
 
 def _decided(gold, answer, kind):
     if answer is None: return False
+    (gold, power), (answer, other_power) = (_unit_apart(text) for text in (gold, answer))
+    if power and other_power and power != other_power: return False
     if gold == answer: return True
     one, other = (_value(gold), _value(answer)) if kind != 'choice' else (None, None)
     if one and other: return _same(*one, *other)
     if kind != 'math': return False
+    times = [_CLOCK.fullmatch(text) for text in (gold, answer)]
+    if all(times) and any(time[2] for time in times):
+        return times[0][1] == times[1][1] and not all(time[2] for time in times)
     words = [bool(_LONG.fullmatch(text)) for text in (gold, answer)]
     based = [bool(_BASED.fullmatch(text)) for text in (gold, answer)]
     if all(words) or all(based) or any(words + based) and (one or other): return False
@@ -438,6 +491,7 @@ def _chosen(text): # the formula or number of a text that math-verify would read
 
 # %% ../nbs/api/01_answers.ipynb #b0c364d8
 def _asked(text): # as math-verify wants it
+    text = _unit_apart(text)[0]
     number = _value(text)
     if number and _decimal(number[0]) and (10**6 % number[0].denominator == 0 or number[0].denominator > 10**6):
         return f'${float(number[0]):.12f}'.rstrip('0') + f'{number[1]}$' # so that it rounds
@@ -475,7 +529,7 @@ def comparer():
         return any(_far(a, b) for a, b in pairs)
 
     def equal(gold, answer):
-        part = _chosen(answer) if _asked(answer) == answer else None
+        part = _chosen(answer) if _prose(answer) or _FORMULA.search(answer) else None
         if part and _decided(gold, canonical_answer(part, 'math') or gold, 'math') is False: return False
         golds, answers = read(gold), read(answer)
         if bool(equations(golds)) != bool(equations(answers)):
@@ -577,11 +631,19 @@ class Grader:
         answers, # extracted answers
         kinds='number', # kind of each, or one for all
     )->list: # `(gold, answer, our verdict)`, canonical and each once
-        "What was decided without math-verify, and otherwise than math-verify does: to be listed beside a run."
+        "What was decided without math-verify, and otherwise than math-verify does."
+        return [(*pair, ours) for *pair, ours, theirs in self.second_opinions(golds, answers, kinds) if theirs == (not ours)]
+
+    def second_opinions(self,
+        golds, # gold answers
+        answers, # extracted answers
+        kinds='number', # kind of each, or one for all
+    )->list: # `(gold, answer, our verdict, its verdict)`, canonical and each once; None where its time ran out
+        "Ask math-verify about what was decided without it; letters are left out."
         keys = [key for key in dict.fromkeys(self._keys(golds, answers, kinds)) if key[1] is not None]
         ours = {key: _decided(*key) for key in keys if key[2] != 'choice'}
         theirs = self._ask([key for key, verdict in ours.items() if verdict is not None])
-        return [(*key[:2], ours[key]) for key, said in theirs.items() if said is not None and said != ours[key]]
+        return [(*key[:2], ours[key], said) for key, said in theirs.items()]
 
     def classes(self,
         answers, # for each problem its distinct canonical answers, the most frequent first

@@ -65,8 +65,7 @@ def test_gold_answers_in_other_styles_and_with_a_changed_digit(public, grader):
     rows = generated(public.answer[public.kind == 'math'])
     verdicts = grader.grade([gold for gold, *_ in rows], [extract_answer(text, 'math') for _, text, _ in rows], 'math').tolist()
     wrong = [row for row, verdict in zip(rows, verdicts) if verdict != row[2]]
-    assert [(gold, right) for gold, _, right in wrong] == [(r'15\mbox{ cm}^2', False)] # cm^4: the power of a unit goes with it
-    assert len(rows) > 900 and len(wrong) < sum(mistakes(verdicts_of_math_verify(rows), rows).values())
+    assert len(rows) > 900 and wrong == [] and sum(mistakes(verdicts_of_math_verify(rows), rows).values()) > 10
 
 
 @pytest.mark.parametrize('gold, answer, right', [
@@ -100,6 +99,36 @@ def test_kinds_of_answers_that_were_judged_wrong_once(grader, gold, answer, righ
     ('number', '#### 27.0', '27'), ('number', r'\boxed{2x=10}', None)])
 def test_kinds_of_texts_that_were_misread_once(kind, text, answer):
     assert canonical_answer(extract_answer(text, kind), kind) == answer
+
+
+@pytest.mark.parametrize('gold, text, right', [
+    # a plus-minus is two answers, wherever it stands
+    (r'x=a\pm b', 'a+b, a-b', True), (r'x=a\pm b', 'The roots are $a-b$ and $a+b$.', True), (r'x=a\pm b', 'a+b', False), (r'\pm 2', '2', False),
+    (r'x=\frac{-1\pm\sqrt5}{2}', r'\frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}', True), (r'3\pm2i', '3-2i,3+2i', True),
+    # times of day
+    ('12:30', '12:30', True), ('12:30', 'The train leaves at 12:30.', True), ('12:30', 'It is 12:45.', False), ('3:4', '3/4', True), ('1:10', '2:20', True),
+    ('12:30 p.m.', r'\boxed{12:30 \text{ p.m.}}', True), ('12:30 a.m.', 'It is 12:30 p.m.', False), ('12:30', 'It is 12:30 PM.', True),
+    # boxes that are ruled out
+    ('4', r'not \boxed{3}; the answer is \boxed{4}', True), ('3', r'not \boxed{3}; the answer is \boxed{4}', False), ('4', r'\boxed{4}, not \boxed{3}.', True),
+    ('4', r'So \boxed{4}. But \boxed{3} is wrong.', True), ('3', r'It is not \boxed{4} but $\boxed{3}$.', True), ('3', r'$\boxed{3}$ is not a square.', True),
+    ('3', r'$\boxed{3}$ is what we get.', True),
+    # remarks at the end
+    ('12', 'I get 12, though 10 would also be plausible at first sight.', True), ('12', 'There are 12 apples, not counting the 3 rotten ones.', True),
+    ('3.14', 'The area is 3.14, rounded to 2 decimal places.', True), ('12', 'The answer is 12, not 10.', True), ('12', 'The answer is 12 rather than 10.', True),
+    ('3', '3.14 rounded to the nearest integer is 3.', True), ('9', 'Of 12 birds, though 3 fell, 9 sing.', True),
+    # powers of a unit
+    ('15 cm^2', r'15\text{ cm}^4', False), ('15 cm^2', r'15\text{ cm}^2', True), ('15 cm^2', '15', True), ('15', '15 cm^2', True), ('15 square cm', '15 cm^2', True),
+    (r'4\sqrt{3}\text{ cm}^2', r'4\sqrt3\text{ cm}^3', False), (r'4\sqrt{3}\text{ cm}^2', r'4\sqrt3', True), ('x^2', 'x^4', False), ('5xy^2', '5xy^4', False)])
+def test_kinds_of_answers_that_were_found_wrong_later(grader, gold, text, right):
+    assert grader.grade([gold], [extract_answer(text, 'math')], 'math')[0] == right
+
+
+@pytest.mark.parametrize('text, answer', [
+    ('#### 9**9**9', None), ('#### 5!', None), (r'\boxed{5!}', None), ('#### 2^10', None), ('#### 3 * 4 = 12', '12'), ('I got 42!', '42'), ('**The answer is 42!**', '42'),
+    ('#### 5\x1b[0m', '5'), ('#### 5\x1b[1;32m\n', '5'), ('#### 5\\n', '5'), ('#### 5\\nNext', '5'), ('9'*10**6, None), ('The answer is ' + '9'*10**6, None),
+    ('It is 12, not 10.', '12'), ('an area of 12 cm^2', '12'), (r'\boxed{12\text{ cm}^2}', '12'), ('#### Step 2\nso 7', '7')])
+def test_numbers_that_a_text_only_seems_to_state(text, answer):
+    assert canonical_answer(extract_answer(text)) == answer and len(extract_answer(text, 'math') or '') <= LONGEST_ANSWER
 
 
 def test_gold_answers_may_be_numbers():
@@ -248,11 +277,11 @@ def test_a_text_that_is_refused_for_what_is_chosen_in_it_is_refused_when_it_is_r
 def test_formulas_that_differ_for_sure_differ_for_math_verify(public, grader):
     golds, draw = sorted(set(public.answer[public.kind == 'math'])), random.Random(3)
     other = (lambda a: f'y={a}', lambda a: f'-{a}', lambda a: f'{a}+1', lambda a: f'{a}^2', lambda a: f'({a},1)', lambda a: rf'\sqrt{{{a}}}', lambda a: f'2({a})')
-    pairs = [(draw.choice(golds), draw.choice(golds)) for _ in range(800)]
+    pairs = [(draw.choice(golds), draw.choice(golds)) for _ in range(250)]
     pairs += [(a, draw.choice(other)(b)) for a, b in pairs] + [(a, draw.choice(other)(a)) for a, _ in pairs]
     keys = [[canonical_answer(a, 'math') for a in pair] for pair in pairs]
     sure = [pair for pair, key in zip(pairs, keys) if key[0] != key[1] and _differ(*key)]
-    assert len(sure) > 800 and grader.disagreements(*zip(*sure), 'math') == []
+    assert len(sure) > 400 and grader.disagreements(*zip(*sure), 'math') == []
 
 
 def test_other_writings_of_numbers_are_decided_as_math_verify_decides(public, grader):
