@@ -91,7 +91,9 @@ def _boxed(text):
 _TEXT = re.compile(r'\\(?:text|textbf|textit|textrm|mbox|mathrm)\{ ?\(?([^{}]*?)[). ]*\}') # an upright word or unit
 _NAMES = ('sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|det|max|min|mod|gcd|lcm|'
           'arcsin|arccos|arctan|infinity|infty|inf') # that are words to look at, but mathematics
-_LETTERS = re.compile(rf'(?<![\\a-zA-Z{{])(?!(?:{_NAMES})(?![a-zA-Z]))[a-zA-Z]{{2,}}')
+_BRIEF = 'an|as|at|be|by|do|he|if|in|is|it|my|no|of|on|so|to|up|us|we' # other pairs of letters are products
+_LETTERS = re.compile(rf'(?<![\\a-zA-Z{{*/^+])(?<![*/^+] )(?!(?:{_NAMES})(?![a-zA-Z]))'
+                      rf'(?:[a-zA-Z]{{3,}}|(?i:{_BRIEF}))(?![a-zA-Z]| ?[*/^+])')
 
 def _prose(text): return len(_LETTERS.findall(_TEXT.sub('', text))) > 1 # two words
 
@@ -230,11 +232,12 @@ _REWRITES = [(re.compile(pattern), to) for pattern, to in [
     (r'(\\frac|\\sqrt) ?([0-9a-z])', r'\1{\2}'), (r'(\\frac\{[^{}]*\}) ?([0-9a-z])', r'\1{\2}'),
     (r',?(?:\\text\{[ ,]*(?:and|or) *\}| (?:and|or) )|;', ', '),
     (r'(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-zA-Z])', r'\\\1 '),
-    ('^[A-Za-z][a-z]+(?: [A-Za-z]?[a-z]+)* ?= ?(?!.*=)', ''), # `Area = 5`
+    ('^[A-Za-z][a-z]+(?: [A-Za-z]?[a-z]+)* ?[=:] ?(?!.*=)', ''), # `Area = 5`
     (r'^ *\\approx *', ''), (r'(?<=[\w)}]) ?(?:\\approx|≈) ?[0-9.]+ *$', ''), # an exact answer needs no rounded one
     # spaces go where they say nothing: \1 keeps those between numbers, after a factorial, a row or a command
     (r'([0-9]), (?=[0-9]{3}(?![0-9]))', '\\1,\1'), (r'([0-9]) (?=[0-9])', '\\1\1'), (r'(?<=[0-9)}])! *=', '!\1='),
-    (r'\\\\ *', '\\\\\\\\\1'), (r'(\\[a-zA-Z]+) (?=[a-zA-Z])', '\\1\1'), (' ', ''), ('\1', ' ')]]
+    (r'\\\\ *', '\\\\\\\\\1'), (r'(\\[a-zA-Z]+) (?=[a-zA-Z])', '\\1\1'), (' ', ''), ('\1', ' '),
+    ('^(-?[0-9.]+)=([a-zA-Z])$', r'\2=\1')]]
 _BEFORE_UNIT = re.compile(rf'(?<=[\w}})]){_TEXT.pattern}(?:\^\{{?([0-9])\}}?)?$')
 _BASED = re.compile(r'(-?[0-9A-Z]+)_\{?([0-9]+)\}?') # a numeral and its base
 
@@ -438,6 +441,7 @@ def _differ(gold, answer): # whether their values surely differ
 def _values_differ(golds, answers):
     single = len(golds) == len(answers) == 1
     if single and len(golds[0]) > 1 and len(answers[0]) > 1: return not _holds(answers[0], golds[0])
+    if single and len(answers[0]) > 1: answers = [answers[0][-1:]]
     ours, theirs = ([_valued(side, {}) for sides in found for side in sides] for found in (golds, answers))
     if single: return all(_far(x, y) for x, y in product(ours, theirs))
     if len(golds) == 1 or len(answers) == 1:
@@ -448,6 +452,7 @@ def _values_differ(golds, answers):
 
 def _holds(sides, gold): # whether an equation holds where the gold equation does
     if not re.fullmatch('[a-zA-Z]', gold[0]): raise _Unsure
+    if sides[0] == gold[0] and gold[0] in _TOKENS.findall(sides[-1]): return False # `x=10-x` is not solved yet
     known = {gold[0].lower(): _valued(gold[-1], {})}
     return not _far(_valued(sides[0], known), _valued(sides[-1], known))
 

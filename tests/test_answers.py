@@ -116,6 +116,10 @@ def test_kinds_of_texts_that_were_misread_once(kind, text, answer):
     ('12', 'I get 12, though 10 would also be plausible at first sight.', True), ('12', 'There are 12 apples, not counting the 3 rotten ones.', True),
     ('3.14', 'The area is 3.14, rounded to 2 decimal places.', True), ('12', 'The answer is 12, not 10.', True), ('12', 'The answer is 12 rather than 10.', True),
     ('3', '3.14 rounded to the nearest integer is 3.', True), ('9', 'Of 12 birds, though 3 fell, 9 sing.', True),
+    # products of letters are no words
+    ('a(b+c)', r'\boxed{ab + ac}', True), ('abc+abd', 'It is $abd + abc$.', True), ('a(b+c)', r'\boxed{ab + bc}', False),
+    # equations: solved or not
+    ('5', '5 = x', True), ('x=5', 'x=10-x', False), ('x=5', '5=x', True), ('y=2x+3', '2x-y=-3', True), ('y=2x+3', 'y=2x+4', False),
     # powers of a unit
     ('15 cm^2', r'15\text{ cm}^4', False), ('15 cm^2', r'15\text{ cm}^2', True), ('15 cm^2', '15', True), ('15', '15 cm^2', True), ('15 square cm', '15 cm^2', True),
     (r'4\sqrt{3}\text{ cm}^2', r'4\sqrt3\text{ cm}^3', False), (r'4\sqrt{3}\text{ cm}^2', r'4\sqrt3', True), ('x^2', 'x^4', False), ('5xy^2', '5xy^4', False)])
