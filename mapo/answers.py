@@ -46,7 +46,8 @@ _SIGN = r'(?:(?<![\w)\]}.])[-+−] ?)?(?:\\?[$€£] ?)?(?:(?<![\w.])[-+])?'
 _NUMBER = re.compile(rf'{_SIGN}(?<![0-9]:)(?<![0-9]){_DIGITS}(?!:?[0-9])')
 _TIME = (r'(?<![0-9:.])(?:[01]?[0-9]|2[0-4]):[0-5][0-9](?![0-9:])'
          r'(?:(?: |\\text\{ ?)?[ap]\.?m\b\.?\}?|(?: |\\text\{ ?)?[AP]\.?M\b\.?\}?)?')
-_NUMBER_OR_TIME = re.compile(f'{_TIME}|{_NUMBER.pattern}')
+_POINT = r'\([-−]?[0-9.]+(?:/[0-9]+)?(?:, ?[-−]?[0-9.]+(?:/[0-9]+)?){1,9}\)' # of numbers
+_LONE = re.compile(f'{_TIME}|{_POINT}|{_NUMBER.pattern}')
 
 # %% ../nbs/api/01_answers.ipynb #88a475eb
 _FORMULA = re.compile(r'(?<![\\$])\$\$([^$]+)\$\$|(?<![\\$])\$((?:\\.|[^$\\\n])+)\$(?!\d)'
@@ -113,7 +114,7 @@ def _unremarked(text): # without a remark at its end
 def _ending(text): # what a text ends in; the text itself where that is not plain; None if it names nothing
     runs = _formulas(text)
     if not runs and not _prose(text) and '\n' not in text:
-        says_one = _LETTERS.match(text.removeprefix('I ')) and len(_NUMBER_OR_TIME.findall(text)) == 1
+        says_one = _LETTERS.match(text.removeprefix('I ')) and len(_LONE.findall(text)) == 1
         return says_one and _lone(text) or text or None
     whole = text[-LONGEST_ANSWER:]
     if re.search(r'\banswers?\b', text, re.I): return whole
@@ -124,14 +125,17 @@ def _ending(text): # what a text ends in; the text itself where that is not plai
     if re.search('[0-9]', rest): return _lone(rest) or whole
     return runs[-1][2] if runs else None
 
+_TIMES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+_MULTIPLE = re.compile(rf' (?:{"|".join(_TIMES)})\b')
+
 def _lone(text): # the last number, if it is plainly no part of a formula
-    last = ([None] + list(_NUMBER_OR_TIME.finditer(text)))[-1]
+    last = ([None] + list(_LONE.finditer(text)))[-1]
     if not last: return None
     before, after = text[:last.start()], text[last.end():]
     signed = last[0][0] in '+-−' and re.search(r'[\w)]\s*$', before)
     if signed or re.search('[0-9]', after) or re.search(rf'(?:[^\s(*:=$]|[,(]|{_OPERATOR}\s*)$', before): return None
     alone = re.match(rf'(?:[.,;:!?*)]*(?:\s|$)|\\?%|[a-zA-Z°])(?!\s*[=<>]|\s*{_OPERATOR})', after)
-    return alone and last[0] + ('%' if _PERCENT.match(after) else '')
+    return alone and last[0] + ('%' if _PERCENT.match(after) else (_MULTIPLE.match(after) or [''])[0])
 
 # %% ../nbs/api/01_answers.ipynb #b3aa7b3d
 _STATED = re.compile(r'\banswers?\b\**(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b|' # in words,
@@ -168,7 +172,6 @@ def _letter(text):
     return text if len(text.strip(' ().*')) == 1 else None
 
 # %% ../nbs/api/01_answers.ipynb #180a8ee6
-_TIMES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 _AFTER = re.compile(rf' *(\\?%|percent\b)? *((?:{"|".join(_TIMES)})\b)?')
 _PART = r'(?:\{-?[0-9]+\} ?\{[0-9]*[1-9][0-9]*\}|[0-9] ?[1-9](?![0-9{]))'
 _MIXED = r'[0-9]+ [0-9]+/[0-9]*[1-9][0-9]*(?![0-9])'
@@ -436,7 +439,7 @@ def _far(a, b): return abs(a - b) > 1e-5 + 1e-9*abs(a) # above what rounding for
 def _differ(gold, answer): # whether their values surely differ
     if max(len(gold), len(answer)) > 200: return False
     try: return _values_differ(_elements(gold), _elements(answer))
-    except (ValueError, ArithmeticError): return False
+    except (ValueError, ArithmeticError, RecursionError): return False
 
 def _values_differ(golds, answers):
     single = len(golds) == len(answers) == 1
@@ -451,8 +454,9 @@ def _values_differ(golds, answers):
     return lonely(ours, theirs) or lonely(theirs, ours)
 
 def _holds(sides, gold): # whether an equation holds where the gold equation does
-    if not re.fullmatch('[a-zA-Z]', gold[0]): raise _Unsure
-    if sides[0] == gold[0] and gold[0] in _TOKENS.findall(sides[-1]): return False # `x=10-x` is not solved yet
+    named = [gold[0] in _TOKENS.findall(said[-1]) for said in (gold, sides)]
+    if named[0] or not re.fullmatch('[a-zA-Z]', gold[0]): raise _Unsure
+    if sides[0] == gold[0] and named[1]: return False # `x=10-x` is not solved yet
     known = {gold[0].lower(): _valued(gold[-1], {})}
     return not _far(_valued(sides[0], known), _valued(sides[-1], known))
 
