@@ -10,7 +10,7 @@ folder MAPO_SHARED_DATA or ../shared/data beside the repository; without it, wha
 Each measurement is a process of its own (`--only mapo [--warm] SAMPLES.jsonl`), so that none profits from what another
 left in a cache. It imports what it needs and nothing else, and grades the samples.
 """
-import argparse, json, logging, os, resource, statistics, subprocess, sys, tempfile, time
+import argparse, json, logging, os, resource, statistics, subprocess, sys, tempfile, textwrap, time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -257,7 +257,7 @@ def main():
                          + [f'--repeats {args.repeats}']*(args.repeats > 1)),
         date=time.strftime('%Y-%m-%d'), judged=judged(), warm=len(warm_up()[0]), n_problems=N_PROBLEMS,
         results=markdown(speed, table), absent=absent,
-        median=f', medians of {args.repeats}' if args.repeats > 1 else '', real=f'\n{args.note}\n' if args.note else '',
+        median=f', medians of {args.repeats}' if args.repeats > 1 else '', real=f'\n{textwrap.fill(args.note, 120)}\n' if args.note else '',
         different=markdown(['samples', 'differ', 'accepted by mapo alone', 'accepted by math-verify alone'], differ))
     Path(args.out).write_text(report)
     print(report)
