@@ -75,7 +75,8 @@ def _runs(text, spans): # spans `(start, end, content)`, joined ones as one
 
 
 # %% ../nbs/api/01_answers.ipynb #15f0af55
-_NOT = re.compile(r"(?:\b(?:not|rather than|instead of|unlike|neither|nor)|n't)(?: be| equal to)?[\s$]*(?:\\[(\[])?\s*$", re.I)
+_NOT = re.compile(r"(?:\b(?:not|rather than|instead of|unlike|neither|nor)|n't)(?: be| equal to)?"
+                  r'[\s$]*(?:\\[(\[])?\s*$', re.I)
 _RIGHT = '(?:right|correct|possible|valid|allowed|the (?:solution|answer)|a (?:valid )?(?:solution|answer|root))'
 _FALSE = rf'wrong|incorrect|impossible|invalid|extraneous|excluded|ruled out|rejected|too \w+|not {_RIGHT}'
 _WRONG = re.compile(r'[\s$]*(?:\\[)\]])?\s*(?:(?:is|was|would be|seems)(?: \w+ly)? '
@@ -140,7 +141,8 @@ def _lone(text): # the last number, if it is plainly no part of a formula
 # %% ../nbs/api/01_answers.ipynb #b3aa7b3d
 _STATED = re.compile(r'\banswers?\b\**(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b|' # in words,
                      r'\s*(?:\([^()\n]{0,40}\))?\s*[:=>]|\s*\n)[\s:*]*', re.I) # or by a colon, a tag, a heading
-_REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if|though|although|rather than|instead of)\b.*|, (?:and |but )?not\b.*', re.S)
+_REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if|though|although|rather than|instead of)\b.*'
+                     r'|, (?:and |but )?not\b.*', re.S)
 
 def _statement(text):
     ends = [m.end() for m in _STATED.finditer(text)]
@@ -303,7 +305,7 @@ def canonical_answer(
 
 # %% ../nbs/api/01_answers.ipynb #28170a06
 _SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</answer>|' # tokens of templates,
-                      r'\x1b\[[0-9;?]*[ -/]*[@-~]|(?<!\\)\\n(?![a-z])') # a terminal's escape codes, a written line break
+                      r'\x1b\[[0-9;?]*[ -/]*[@-~]|(?<!\\)\\n(?![a-z])') # escape codes, a written line break
 _BOLD = re.compile(r'(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<![\s*])\*\*') # no power: `2**3**4`
 
 def extract_answer(
@@ -641,7 +643,8 @@ class Grader:
         kinds='number', # kind of each, or one for all
     )->list: # `(gold, answer, our verdict)`, canonical and each once
         "What was decided without math-verify, and otherwise than math-verify does."
-        return [(*pair, ours) for *pair, ours, theirs in self.second_opinions(golds, answers, kinds) if theirs == (not ours)]
+        opinions = self.second_opinions(golds, answers, kinds)
+        return [(gold, answer, ours) for gold, answer, ours, theirs in opinions if theirs == (not ours)]
 
     def second_opinions(self,
         golds, # gold answers

@@ -218,18 +218,20 @@ def unread_share(
 def second_opinions(
     rows:pd.DataFrame,     # `problem_id, answer` of graded turns
     problems:pd.DataFrame, # with their gold `answer` and its `kind`
-    most:int=500,          # distinct answers that are drawn; those of multiple choice, and those it decided, are left out
+    most:int=500,          # distinct answers that are drawn; choices, and what it decided, are left out
     seed:int=0,            # of the draw
     grader:Grader=None,    # a running grader, which stays open; None starts one and stops it
 )->pd.DataFrame: # `problem_id, gold, answer, kind, turns, mapo, math_verify`; None where math-verify's time ran out
     "Math-verify's verdicts beside those that were given without it."
-    said = rows.dropna(subset='answer').groupby(['problem_id', 'answer'], sort=False).size().rename('turns').reset_index()
+    pairs = rows.dropna(subset='answer').groupby(['problem_id', 'answer'], sort=False)
+    said = pairs.size().rename('turns').reset_index()
     said = said.assign(draw=seeded_draw(said['problem_id'] + '\n' + said['answer'], seed)).nsmallest(most, 'draw')
-    said = said.join(problem_facts(said, problems, 'answer', 'kind').rename(columns=dict(answer='gold')), on='problem_id')
+    facts = problem_facts(said, problems, 'answer', 'kind').rename(columns=dict(answer='gold'))
+    columns = ['problem_id', 'gold', 'answer', 'kind', 'turns']
     with nullcontext(grader) if grader else Grader() as g:
-        found = [(*row, *verdicts[2:]) for row in said[['problem_id', 'gold', 'answer', 'kind', 'turns']].itertuples(index=False)
+        found = [(*row, *verdicts[2:]) for row in said.join(facts, on='problem_id')[columns].itertuples(index=False)
                  for verdicts in g.second_opinions([row.gold], [row.answer], row.kind)]
-    return pd.DataFrame(found, columns=['problem_id', 'gold', 'answer', 'kind', 'turns', 'mapo', 'math_verify'])
+    return pd.DataFrame(found, columns=[*columns, 'mapo', 'math_verify'])
 
 # %% ../nbs/api/05_rewards.ipynb #8bf1f96d
 def propagate(
