@@ -7,11 +7,11 @@ __all__ = ['LONGEST_TEXT', 'LONGEST_ANSWER', 'KINDS', 'ROUNDING', 'SHARE', 'PATI
            'canonical_answer', 'extract_answer', 'comparer', 'serve', 'Grader', 'grade']
 
 # %% ../nbs/api/01_answers.ipynb #48d9a7aa
-import json, logging, os, re, select, subprocess, sys
+import cmath, json, logging, math, os, re, select, subprocess, sys, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from itertools import permutations
+from itertools import groupby, permutations, product
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -44,6 +44,10 @@ _WHOLE = (r'[0-9]{1,3}(?:,[0-9]{3}){1,20}(?![0-9])|'
 _DIGITS = rf'(?:(?:{_WHOLE})(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,2}}(?![0-9]))?(?:/[0-9]+)?'
 _SIGN = r'(?:(?<![\w)\]}.])[-+−] ?)?(?:\\?[$€£] ?)?(?:(?<![\w.])[-+])?'
 _NUMBER = re.compile(rf'{_SIGN}(?<![0-9]:)(?<![0-9]){_DIGITS}(?!:?[0-9])')
+_TIME = (r'(?<![0-9:.])(?:[01]?[0-9]|2[0-4]):[0-5][0-9](?![0-9:])'
+         r'(?:(?: |\\text\{ ?)?[ap]\.?m\b\.?\}?|(?: |\\text\{ ?)?[AP]\.?M\b\.?\}?)?')
+_POINT = r'\([-−]?[0-9.]+(?:/[0-9]+)?(?:, ?[-−]?[0-9.]+(?:/[0-9]+)?){1,9}\)' # of numbers
+_LONE = re.compile(f'{_TIME}|{_POINT}|{_NUMBER.pattern}')
 
 # %% ../nbs/api/01_answers.ipynb #88a475eb
 _FORMULA = re.compile(r'(?<![\\$])\$\$([^$]+)\$\$|(?<![\\$])\$((?:\\.|[^$\\\n])+)\$(?!\d)'
@@ -68,48 +72,77 @@ def _runs(text, spans): # spans `(start, end, content)`, joined ones as one
         else: runs.append((start, end, content))
     return runs
 
+
+
+# %% ../nbs/api/01_answers.ipynb #15f0af55
+_NOT = re.compile(r"(?:\b(?:not|rather than|instead of|unlike|neither|nor)|n't)(?: be| equal to)?"
+                  r'[\s$]*(?:\\[(\[])?\s*$', re.I)
+_RIGHT = '(?:right|correct|possible|valid|allowed|the (?:solution|answer)|a (?:valid )?(?:solution|answer|root))'
+_FALSE = rf'wrong|incorrect|impossible|invalid|extraneous|excluded|ruled out|rejected|too \w+|not {_RIGHT}'
+_WRONG = re.compile(r'[\s$]*(?:\\[)\]])?\s*(?:(?:is|was|would be|seems)(?: \w+ly)? '
+                    rf"(?:{_FALSE})\b|(?:isn't|can(?:not|'t) be) {_RIGHT}\b)", re.I)
+
 def _boxed(text):
     from mapo.problems import boxes # here, so that a grading worker need not import pandas
-    return ([None] + [content for *_, content in _runs(text, boxes(text))])[-1]
+    found = boxes(text)
+    meant = [(start, end, content) for start, end, content in found
+             if not _NOT.search(text[max(0, start - 40):start]) and not _WRONG.match(text[end:end+80])]
+    return ([None] + [content for *_, content in _runs(text, meant)])[-1]
 
 # %% ../nbs/api/01_answers.ipynb #e5c4a79a
 _TEXT = re.compile(r'\\(?:text|textbf|textit|textrm|mbox|mathrm)\{ ?\(?([^{}]*?)[). ]*\}') # an upright word or unit
 _NAMES = ('sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|and|or|det|max|min|mod|gcd|lcm|'
           'arcsin|arccos|arctan|infinity|infty|inf') # that are words to look at, but mathematics
-_LETTERS = re.compile(rf'(?<![\\a-zA-Z{{])(?!(?:{_NAMES})(?![a-zA-Z]))[a-zA-Z]{{2,}}')
+_BRIEF = 'an|as|at|be|by|do|he|if|in|is|it|my|no|of|on|so|to|up|us|we' # other pairs of letters are products
+_LETTERS = re.compile(rf'(?<![\\a-zA-Z{{*/^+])(?<![*/^+] )(?!(?:{_NAMES})(?![a-zA-Z]))'
+                      rf'(?:[a-zA-Z]{{3,}}|(?i:{_BRIEF}))(?![a-zA-Z]| ?[*/^+])')
 
 def _prose(text): return len(_LETTERS.findall(_TEXT.sub('', text))) > 1 # two words
 
 # %% ../nbs/api/01_answers.ipynb #5a5eba8b
-_ENDING = re.compile(r'.*\b(?:is|are|equals?|gives?|obtain|(?:come|evaluate|simplifie|amount)s to) +'
-                     r'([^$\n\\=≈]{1,100}?)\.?\s*$')
+_ENDING = re.compile(r'.*\b(?:is|are|equals?|gives?|obtain|(?:come|evaluate|simplifie|amount)s to):? +'
+                     r'((?:[a-zA-Z] ?= ?)?[^$\n\\=≈]{1,100}?)\.?\s*$')
 _OPERATOR = '[-+*/^×÷·]'
+_REST = r'(?:[^,.!?\n]|\.[0-9])*[.!?)]*$' # of a sentence without a comma
+_REMARK = re.compile(r',?\s\(?(?:(?:even )?though|although|whereas|rather than|instead of|not counting|'
+                     r'(?:rounded|(?:correct )?to the nearest)(?!.*(?:\b(?:is|equals|gives)\b|[=≈])))\b' + _REST +
+                     rf'|,\s(?:and |but )?not\b{_REST}')
+
+def _unremarked(text): # without a remark at its end
+    remark = _REMARK.search(text, max(0, len(text) - 300))
+    return text[:remark.start()] if remark and re.search(r'[0-9$]|\\[([]', text[:remark.start()][-100:]) else text
 
 def _ending(text): # what a text ends in; the text itself where that is not plain; None if it names nothing
     runs = _formulas(text)
-    if not runs and not _prose(text) and '\n' not in text: return text or None
+    if not runs and not _prose(text) and '\n' not in text:
+        says_one = _LETTERS.match(text.removeprefix('I ')) and len(_LONE.findall(text)) == 1
+        return says_one and _lone(text) or text or None
     whole = text[-LONGEST_ANSWER:]
     if re.search(r'\banswers?\b', text, re.I): return whole
-    last = _ENDING.search(text[-300:])
+    last = _ENDING.match(text[-300:].rpartition('\n')[2])
     whole_clause = last and not _prose(last[1]) and not re.search(', *[a-zA-Z]{3}', last[1])
     if whole_clause and re.search('[0-9√π∞]', last[1]): return last[1]
     rest = text[runs[-1][1]:] if runs else text
     if re.search('[0-9]', rest): return _lone(rest) or whole
     return runs[-1][2] if runs else None
 
+_TIMES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+_MULTIPLE = re.compile(rf' (?:{"|".join(_TIMES)})\b')
+
 def _lone(text): # the last number, if it is plainly no part of a formula
-    last = ([None] + list(_NUMBER.finditer(text)))[-1]
+    last = ([None] + list(_LONE.finditer(text)))[-1]
     if not last: return None
     before, after = text[:last.start()], text[last.end():]
     signed = last[0][0] in '+-−' and re.search(r'[\w)]\s*$', before)
     if signed or re.search('[0-9]', after) or re.search(rf'(?:[^\s(*:=$]|[,(]|{_OPERATOR}\s*)$', before): return None
     alone = re.match(rf'(?:[.,;:!?*)]*(?:\s|$)|\\?%|[a-zA-Z°])(?!\s*[=<>]|\s*{_OPERATOR})', after)
-    return alone and last[0] + ('%' if _PERCENT.match(after) else '')
+    return alone and last[0] + ('%' if _PERCENT.match(after) else (_MULTIPLE.match(after) or [''])[0])
 
 # %% ../nbs/api/01_answers.ipynb #b3aa7b3d
 _STATED = re.compile(r'\banswers?\b\**(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b|' # in words,
                      r'\s*(?:\([^()\n]{0,40}\))?\s*[:=>]|\s*\n)[\s:*]*', re.I) # or by a colon, a tag, a heading
-_REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if)\b.*', re.S)
+_REASON = re.compile(r',? (?:because|since|as|so|which|where|when|for|if|though|although|rather than|instead of)\b.*'
+                     r'|, (?:and |but )?not\b.*', re.S)
 
 def _statement(text):
     ends = [m.end() for m in _STATED.finditer(text)]
@@ -141,7 +174,6 @@ def _letter(text):
     return text if len(text.strip(' ().*')) == 1 else None
 
 # %% ../nbs/api/01_answers.ipynb #180a8ee6
-_TIMES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 _AFTER = re.compile(rf' *(\\?%|percent\b)? *((?:{"|".join(_TIMES)})\b)?')
 _PART = r'(?:\{-?[0-9]+\} ?\{[0-9]*[1-9][0-9]*\}|[0-9] ?[1-9](?![0-9{]))'
 _MIXED = r'[0-9]+ [0-9]+/[0-9]*[1-9][0-9]*(?![0-9])'
@@ -160,9 +192,11 @@ def _fraction(text):
     return None if slash and not bottom.strip('0') else Fraction(top)/int(bottom or 1)
 
 # %% ../nbs/api/01_answers.ipynb #f00b3996
+def _raised_digit(power): return '²³⁴⁵⁶⁷⁸⁹'[int(power[1]) - 2]
+
 _LOOKS = [(re.compile(pattern), to) for pattern, to in [
     (r'\\(?:! *|,)|\\?\$(?=[^0-9.]|$)', ''), (r'\{,\}', ','), ('[−–]', '-'), (_TEXT.pattern, r' \1 '),
-    (r' ?\^ ?\{?\\circ ?\}?|\\degree|°', ' degrees')]]
+    (r' ?\^ ?\{?\\circ ?\}?|\\degree|°', ' degrees'), (r'(?<=[a-zA-Z]{2}) ?\^ ?\{?([2-9])\}?$', _raised_digit)]]
 
 def _plain(text): # what stands before its only number, that number, what stands after it; None if there is not one
     for pattern, to in _LOOKS: text = pattern.sub(to, text)
@@ -188,7 +222,7 @@ def _number(answer):
 def _alone(side): # the number of a side that holds nothing else but words
     before, value, after = _plain(side) or ('', None, '')
     around = re.sub(r'\\[()]|\\?\$', '', f'{before} {after}')
-    return None if re.search(r'[\\^_*+/<>√π]|\b(?:pi|sqrt)\b', around) or _SYMBOL.search(around) else value
+    return None if re.search(r'[\\^_*+/<>√π!]|\b(?:pi|sqrt)\b', around) or _SYMBOL.search(around) else value
 
 # %% ../nbs/api/01_answers.ipynb #2f387081
 _REWRITES = [(re.compile(pattern), to) for pattern, to in [
@@ -203,22 +237,31 @@ _REWRITES = [(re.compile(pattern), to) for pattern, to in [
     (r'(\\frac|\\sqrt) ?([0-9a-z])', r'\1{\2}'), (r'(\\frac\{[^{}]*\}) ?([0-9a-z])', r'\1{\2}'),
     (r',?(?:\\text\{[ ,]*(?:and|or) *\}| (?:and|or) )|;', ', '),
     (r'(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-zA-Z])', r'\\\1 '),
-    ('^[A-Za-z][a-z]+(?: [A-Za-z]?[a-z]+)* ?= ?(?!.*=)', ''), # `Area = 5`
+    ('^[A-Za-z][a-z]+(?: [A-Za-z]?[a-z]+)* ?[=:] ?(?!.*=)', ''), # `Area = 5`
     (r'^ *\\approx *', ''), (r'(?<=[\w)}]) ?(?:\\approx|≈) ?[0-9.]+ *$', ''), # an exact answer needs no rounded one
     # spaces go where they say nothing: \1 keeps those between numbers, after a factorial, a row or a command
     (r'([0-9]), (?=[0-9]{3}(?![0-9]))', '\\1,\1'), (r'([0-9]) (?=[0-9])', '\\1\1'), (r'(?<=[0-9)}])! *=', '!\1='),
-    (r'\\\\ *', '\\\\\\\\\1'), (r'(\\[a-zA-Z]+) (?=[a-zA-Z])', '\\1\1'), (' ', ''), ('\1', ' ')]]
+    (r'\\\\ *', '\\\\\\\\\1'), (r'(\\[a-zA-Z]+) (?=[a-zA-Z])', '\\1\1'), (' ', ''), ('\1', ' '),
+    ('^(-?[0-9.]+)=([a-zA-Z])$', r'\2=\1')]]
+_BEFORE_UNIT = re.compile(rf'(?<=[\w}})]){_TEXT.pattern}(?:\^\{{?([0-9])\}}?)?$')
 _BASED = re.compile(r'(-?[0-9A-Z]+)_\{?([0-9]+)\}?') # a numeral and its base
 
 def _latex(text):
     for pattern, to in _REWRITES: text = pattern.sub(to, text)
-    text = re.sub(rf'(?<=[\w}})]){_TEXT.pattern}(?:\^\{{?[0-9]\}}?)?$', '', text.rstrip('.\\, '))
+    text = _both(_BEFORE_UNIT.sub(lambda unit: _power_of(unit[2]), text.rstrip('.\\, ')))
     based = _BASED.fullmatch(text)
     return text if not based else based[1] if based[2] == '10' else f'{based[1]}_{based[2]}'
 
+def _power_of(power): return rf'\text{{unit}}^{unicodedata.digit(power)}' if power else ''
+
+def _both(text): # both values of a formula with one plus-minus
+    if text.count(r'\pm') != 1 or ',' in text: return text
+    plus, minus = (text.replace(r'\pm', sign) for sign in '+-')
+    return f"{re.sub('(^|=)[+]', lambda start: start[1], plus)},{minus}"
+
 # %% ../nbs/api/01_answers.ipynb #47ec1c15
 _SHORT = 'cm|mm|km|kg|mg|ml|ft|in|hr|hrs|min|sec|mph|lb|lbs|oz|mi|yd|USD' # units
-_UNIT = re.compile(rf'(?:(?:[a-zA-Z]{{2,}} )*(?:[a-zA-Z]{{4,}}|{_SHORT}))?\.?(?: ?\^?\{{?[23²³]\}}?)?')
+_UNIT = re.compile(rf'(?:(?:[a-zA-Z]{{2,}} )*(?:[a-zA-Z]{{4,}}|{_SHORT}))?\.?(?: ?([²³⁴⁵⁶⁷⁸⁹]))?')
 _ABOUT = re.compile(r'(?:\\approx|≈|about|approximately|exactly)?')
 _WORD = re.compile(rf'(?!.*\b(?:{_NAMES})\b)[a-zA-Z]+(?:[ -][a-zA-Z]+)*')
 
@@ -234,7 +277,9 @@ def _math(answer):
     if formula: text = formula[formula.lastindex].strip().rstrip(' .')
     elif _FORMULA.search(text): return ' '.join(text.split()) # a text with formulas, for math-verify
     before, value, after = _plain(text) or ('', None, '')
-    if value and _ABOUT.fullmatch(before) and _UNIT.fullmatch(after): return value
+    unit = _UNIT.fullmatch(after) if value and _ABOUT.fullmatch(before) else None
+    if unit: return value + _power_of(unit[1])
+    if re.fullmatch(_TIME, text): return re.sub('^0(?=[0-9]:)', '', re.sub('[^0-9:apm]', '', text.lower()))
     return _word(text) or (' '.join(text.split()) if _prose(text) else _latex(text)) or None
 
 # %% ../nbs/api/01_answers.ipynb #c49272a8
@@ -259,22 +304,27 @@ def canonical_answer(
     return _canonical(answer, kind)
 
 # %% ../nbs/api/01_answers.ipynb #28170a06
-_SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</answer>')
-_BOLD = re.compile(r'\*\*(?=[^\s*])([^*\n]+)(?<![\s*])\*\*') # not a power: `2**3`
+_SPECIAL = re.compile(r'<\|[^<>|\s]{1,30}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</answer>|' # tokens of templates,
+                      r'\x1b\[[0-9;?]*[ -/]*[@-~]|(?<!\\)\\n(?![a-z])') # escape codes, a written line break
+_BOLD = re.compile(r'(?<![\w)*])\*\*(?=[^\s*])([^*\n]+)(?<![\s*])\*\*') # no power: `2**3**4`
 
 def extract_answer(
     text:str, # what a model or an author wrote
     kind:str='number', # `number`, `math` or `choice`
-)->str|None: # in the text's own characters; None if there is none; of kind `math` the text itself where it is not plain
+)->str|None: # in the text's own characters; None if there is none; the text itself if not plain (`math`)
     "The final answer of a text: after `####`, in a box or in words; else what the text ends in."
     text = _SPECIAL.sub('\n', without_thoughts(text[-LONGEST_TEXT:])).strip()
     if kind != 'choice': text = _BOLD.sub(r'\1', text)
     for find in (_boxed, _hashed, _statement) if kind == 'math' else (_hashed, _boxed, _statement):
         stated = find(text)
         if canonical_answer(stated, kind) is not None: return stated.strip()
-    if kind == 'choice': return _letter(text)
-    if kind == 'math': return _ending(text)
-    return None if _boxed(text) else ([None] + _NUMBER.findall(text))[-1]
+    found = _letter(text) if kind == 'choice' else _ending(_unremarked(text)) if kind == 'math' else _last_number(text)
+    return found if canonical_answer(found, kind) is not None else None
+
+def _last_number(text): # unless the text states what is no number
+    _, mark, last = text.rpartition('\n')[2].rpartition('####')
+    if _boxed(text) or mark and re.search('[0-9]', last): return None
+    return ([None] + re.findall(rf'(?<!\^){_NUMBER.pattern}', _unremarked(text)))[-1]
 
 # %% ../nbs/api/01_answers.ipynb #6c015b05
 ROUNDING = 6 # decimals, as in math-verify
@@ -292,21 +342,167 @@ def _same(x, percent, y, other):
     near = lambda a, b: (_decimal(a) or _decimal(b)) and round(a, ROUNDING) == round(b, ROUNDING) != 0
     return any(a == b or near(a, b) for a, b in readings)
 
+# %% ../nbs/api/01_answers.ipynb #00c06689
+_SYMBOLS = (r'[a-zA-Z](?:_\{?[0-9a-zA-Z]\}?)?|'
+            r'\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega|pi|infty)(?![a-zA-Z])')
+_TOKENS = re.compile(r'\\(?:frac|sqrt(?:\[[2-9]\])?|sin|cos|tan|ln|cdot|times)(?![a-zA-Z])|'
+                     rf'{_SYMBOLS}|[0-9]*\.[0-9]+|[0-9]+|[-+*/^(){{}}]')
+_CONSTANTS = {r'\pi': math.pi, r'\infty': 1.5e30, 'e': math.e, 'i': 1j}
+_FUNCTIONS = {r'\sin': cmath.sin, r'\cos': cmath.cos, r'\tan': cmath.tan, r'\ln': cmath.log}
+_PERHAPS_WORD = re.compile(r'[0-9}](?:[thclsgmdo]|[a-zA-Z]{2,})$|(?<![\\a-zA-Z])[a-zA-Z]{3}') # or a unit
+
+class _Unsure(ValueError): "A formula that has not one sure value."
+
+def _valued(text, known): # the value of a formula at one place; known values of variables by name
+    tokens = _TOKENS.findall(text)
+    written = re.sub(r'(\\[a-z]+) (?=[a-zA-Z])', r'\1', text.strip())
+    if ''.join(tokens) != written or _PERHAPS_WORD.search(text): raise _Unsure
+    rest = ['', *reversed(tokens)] # what is still to be read, the next token last
+    value = _sum(rest, known)
+    if rest != [''] or not cmath.isfinite(value): raise _Unsure
+    return value
+
+# %% ../nbs/api/01_answers.ipynb #7a427930
+_PRECISE = 1e6 # as large as a number may get before floating point loses what rounding keeps
+
+def _sum(rest, known):
+    terms = []
+    while not terms or rest[-1] in ('+', '-'):
+        sign = rest.pop() if rest[-1] in ('+', '-') else '+'
+        terms.append(_product(rest, known)*(-1 if sign == '-' else 1))
+    if len(terms) > 1 and max(map(abs, terms)) > _PRECISE: raise _Unsure
+    return sum(terms)
+
+def _product(rest, known):
+    value, sign = 1, '*'
+    while True:
+        number = rest[-1][:1].isdigit()
+        factor = _power(rest, known)
+        if sign == '/' and abs(factor) < 1/_PRECISE: raise _Unsure
+        value = value/factor if sign == '/' else value*factor
+        if rest[-1] in ('', '+', '-', ')', '}'): return value
+        if sign == '/': raise _Unsure # `1/2x`
+        sign = rest.pop() if rest[-1] in ('*', '/', r'\cdot', r'\times') else ''
+        mixed = number and rest[-1] == r'\frac'
+        if not sign and (mixed or rest[-1][:1] in '.0123456789'): raise _Unsure # `x2`
+
+# %% ../nbs/api/01_answers.ipynb #abbfc632
+def _power(rest, known):
+    base = _atom(rest, known)
+    if rest[-1] != '^': return base
+    rest.pop()
+    if len(rest[-1]) > 1: raise _Unsure # `x^10`
+    exponent = _atom(rest, known)
+    if rest[-1] == '^': raise _Unsure
+    return _raised(base, exponent)
+
+def _raised(base, exponent):
+    if abs(exponent) > 100: raise _Unsure
+    if exponent == (whole := round(complex(exponent).real)): return base**whole
+    if complex(base).imag or complex(base).real <= 0: raise _Unsure
+    return complex(base).real**exponent
+
+def _atom(rest, known):
+    token = rest.pop()
+    if token == '(' or token == '{':
+        value = _sum(rest, known)
+        if rest.pop() != {'(': ')', '{': '}'}[token]: raise _Unsure
+        return value
+    if re.fullmatch(_SYMBOLS, token): return _symbol(re.sub('[{}]', '', token.lower()), known)
+    if token[:1] in ('.', *'0123456789'): return float(token)
+    return _command(token, rest, known)
+
+# %% ../nbs/api/01_answers.ipynb #330dfd90
+def _symbol(name, known): return known.get(name, _CONSTANTS.get(name, .5 + sum(map(ord, name))*.6180339887 % 1))
+
+def _command(token, rest, known):
+    if token[:1] != '\\' or rest[-1] not in ('(', '{'): raise _Unsure
+    inner = _atom(rest, known)
+    if token == r'\frac':
+        below = _atom(rest, known)
+        if abs(below) < 1/_PRECISE: raise _Unsure
+        return inner/below
+    if token == r'\sqrt': return cmath.sqrt(inner)
+    if token[:5] == r'\sqrt': return _raised(inner, 1/int(token[6]))
+    if token not in _FUNCTIONS or rest[-1] in ('^', '('): raise _Unsure # `\sin(x)^2`
+    return _FUNCTIONS[token](inner)
+
+# %% ../nbs/api/01_answers.ipynb #e2d2ee5f
+_BRACKETS = re.compile(r'(?:\\\{|[(\[])(.*)(?:\\\}|[)\]])')
+
+def _elements(text): # of a list, each as the sides of an equation
+    listed = _BRACKETS.fullmatch(text)
+    found = [part.split('=') for part in (listed[1] if listed and ',' in text else text).split(',')]
+    if len(found) > 1 and (max(map(len, found)) > 1 or re.search(r'[0-9],[0-9]{3}(?![0-9])', text)): raise _Unsure
+    return found
+
+def _far(a, b): return abs(a - b) > 1e-5 + 1e-9*abs(a) # above what rounding forgives
+
+def _differ(gold, answer): # whether their values surely differ
+    if max(len(gold), len(answer)) > 200: return False
+    try: return _values_differ(_elements(gold), _elements(answer))
+    except (ValueError, ArithmeticError, RecursionError): return False
+
+def _values_differ(golds, answers):
+    single = len(golds) == len(answers) == 1
+    if single and len(golds[0]) > 1 and len(answers[0]) > 1: return not _holds(answers[0], golds[0])
+    if single and len(answers[0]) > 1: answers = [answers[0][-1:]]
+    ours, theirs = ([_valued(side, {}) for sides in found for side in sides] for found in (golds, answers))
+    if single: return all(_far(x, y) for x, y in product(ours, theirs))
+    if len(golds) == 1 or len(answers) == 1:
+        several = ours if len(golds) > 1 else theirs
+        return any(_far(several[0], x) for x in several) # `5, 5` may be 5
+    lonely = lambda some, others: any(all(_far(x, y) for y in others) for x in some)
+    return lonely(ours, theirs) or lonely(theirs, ours)
+
+def _holds(sides, gold): # whether an equation holds where the gold equation does
+    named = [gold[0] in _TOKENS.findall(said[-1]) for said in (gold, sides)]
+    if named[0] or not re.fullmatch('[a-zA-Z]', gold[0]): raise _Unsure
+    if sides[0] == gold[0] and named[1]: return False # `x=10-x` is not solved yet
+    known = {gold[0].lower(): _valued(gold[-1], {})}
+    return not _far(_valued(sides[0], known), _valued(sides[-1], known))
+
 # %% ../nbs/api/01_answers.ipynb #697a7aa8
 _LONG = re.compile('[a-z]{4,}|[a-z]+(?:[ -][a-z]+)+') # three letters may be a product
+_CLOCK = re.compile('([0-9]+:[0-9]{2})([ap]m)?')
+
+def _unit_apart(text): return text.partition(r'\text{unit}^')[::2]
 
 def _decided(gold, answer, kind):
     if answer is None: return False
+    (gold, power), (answer, other_power) = (_unit_apart(text) for text in (gold, answer))
+    if power and other_power and power != other_power: return False
     if gold == answer: return True
     one, other = (_value(gold), _value(answer)) if kind != 'choice' else (None, None)
     if one and other: return _same(*one, *other)
     if kind != 'math': return False
+    times = [_CLOCK.fullmatch(text) for text in (gold, answer)]
+    if all(times) and any(time[2] for time in times):
+        return times[0][1] == times[1][1] and not all(time[2] for time in times)
     words = [bool(_LONG.fullmatch(text)) for text in (gold, answer)]
     based = [bool(_BASED.fullmatch(text)) for text in (gold, answer)]
-    return False if all(words) or all(based) or any(words + based) and (one or other) else None
+    if all(words) or all(based) or any(words + based) and (one or other): return False
+    return False if _differ(gold, answer) else None
+
+# %% ../nbs/api/01_answers.ipynb #9277b6c2
+@lru_cache(1)
+def _patterns(): # what math-verify looks for in a text, the best reasons first, those of one rank together
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, get_extraction_regexes
+    kinds = get_extraction_regexes([LatexExtractionConfig(), ExprExtractionConfig()])
+    ranked = sorted(((rank, pattern) for patterns, _ in kinds for pattern, rank in patterns), key=lambda pair: pair[0])
+    return [[pattern for _, pattern in found] for _, found in groupby(ranked, lambda pair: pair[0])]
+
+def _chosen(text): # the formula or number of a text that math-verify would read first; None if it would join several
+    for patterns in _patterns():
+        matches = [match for pattern in patterns for match in pattern.finditer(text)]
+        if not matches: continue
+        last = max(matches, key=lambda match: (match.end(), -match.start()))
+        parts = [part for part in last.groupdict().values() if part]
+        return parts[0] if len(parts) == 1 else None
 
 # %% ../nbs/api/01_answers.ipynb #b0c364d8
 def _asked(text): # as math-verify wants it
+    text = _unit_apart(text)[0]
     number = _value(text)
     if number and _decimal(number[0]) and (10**6 % number[0].denominator == 0 or number[0].denominator > 10**6):
         return f'${float(number[0]):.12f}'.rstrip('0') + f'{number[1]}$' # so that it rounds
@@ -341,9 +537,11 @@ def comparer():
         if x.has(UnevaluatedExpr) or y.has(UnevaluatedExpr): return False # percent has two values
         try: pairs = list(zip(values(x), values(y), strict=True))
         except Exception: return False
-        return any(abs(a - b) > 1e-5 + 1e-9*abs(a) for a, b in pairs) # above what rounding forgives
+        return any(_far(a, b) for a, b in pairs)
 
     def equal(gold, answer):
+        part = _chosen(answer) if _prose(answer) or _FORMULA.search(answer) else None
+        if part and _decided(gold, canonical_answer(part, 'math') or gold, 'math') is False: return False
         golds, answers = read(gold), read(answer)
         if bool(equations(golds)) != bool(equations(answers)):
             golds = [x for x in golds if answers_alone(x, False)]
@@ -444,11 +642,20 @@ class Grader:
         answers, # extracted answers
         kinds='number', # kind of each, or one for all
     )->list: # `(gold, answer, our verdict)`, canonical and each once
-        "What was decided without math-verify, and otherwise than math-verify does: to be listed beside a run."
+        "What was decided without math-verify, and otherwise than math-verify does."
+        opinions = self.second_opinions(golds, answers, kinds)
+        return [(gold, answer, ours) for gold, answer, ours, theirs in opinions if theirs == (not ours)]
+
+    def second_opinions(self,
+        golds, # gold answers
+        answers, # extracted answers
+        kinds='number', # kind of each, or one for all
+    )->list: # `(gold, answer, our verdict, its verdict)`, canonical and each once; None where its time ran out
+        "Ask math-verify about what was decided without it; letters are left out."
         keys = [key for key in dict.fromkeys(self._keys(golds, answers, kinds)) if key[1] is not None]
         ours = {key: _decided(*key) for key in keys if key[2] != 'choice'}
         theirs = self._ask([key for key, verdict in ours.items() if verdict is not None])
-        return [(*key[:2], ours[key]) for key, said in theirs.items() if said is not None and said != ours[key]]
+        return [(*key[:2], ours[key], said) for key, said in theirs.items()]
 
     def classes(self,
         answers, # for each problem its distinct canonical answers, the most frequent first

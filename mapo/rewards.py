@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'NO_ANSWERS', 'READ', 'GOLD', 'MAJORITY', 'score_rows', 'example_turns', 'check_turns', 'answering',
            'read_answers', 'problem_facts', 'grade', 'with_scores', 'seeded_draw', 'plurality', 'vote',
-           'canonical_answers', 'agrees', 'unread_share', 'Majority', 'majority', 'propagate', 'parent_rows',
-           'example_tree', 'Tree', 'show_tree', 'flip_labels', 'bias_rewards', 'judge_turns', 'bare_question', 'reward',
-           'concordance', 'order_among_right', 'reward_table']
+           'canonical_answers', 'agrees', 'unread_share', 'second_opinions', 'Majority', 'majority', 'propagate',
+           'parent_rows', 'example_tree', 'Tree', 'show_tree', 'flip_labels', 'bias_rewards', 'judge_turns',
+           'bare_question', 'reward', 'concordance', 'order_among_right', 'reward_table']
 
 # %% ../nbs/api/05_rewards.ipynb #c370e695
 from contextlib import nullcontext
@@ -76,7 +76,7 @@ def answering(
     return ~turns['role'].isin(NO_ANSWERS)
 
 # %% ../nbs/api/05_rewards.ipynb #924f886f
-READ,GOLD,MAJORITY = 'read-2','gold-2','majority-2' # who reads answers, grades and compares them; raise the number when that changes
+READ,GOLD,MAJORITY = 'read-3','gold-3','majority-3' # who reads answers, grades and compares them; raise the number when that changes
 
 # %% ../nbs/api/05_rewards.ipynb #ef3db42f
 def read_answers(
@@ -218,12 +218,33 @@ def agrees(
 
 # %% ../nbs/api/05_rewards.ipynb #32b3e469
 def unread_share(
-    turns:pd.DataFrame, # with the column `answer`, of any splits and iterations
-    *by,                # columns that tell the groups apart; none for the agents
-)->pd.Series: # in [0, 1], by group
-    "The share of texts in which no answer was found."
-    check_turns(turns, 'answer', *(by or ['agent']), mixed=True)
-    return turns['answer'].isna().groupby([turns[column] for column in by or ['agent']]).mean().rename('unread')
+    rows:pd.DataFrame, # graded turns: `answer`, and what tells them apart
+    by:tuple=('arm', 'agent'), # columns
+)->pd.DataFrame: # these columns, `turns`, how many of them are `unread`, and the `share` that is
+    "How many texts had no answer that could be found."
+    absent = [column for column in (*by, 'answer') if column not in rows]
+    if absent: raise ValueError(f'the rows have no column {absent[0]!r}: add it, or tell them apart by others')
+    missing = rows['answer'].isna().groupby([rows[column] for column in by])
+    return missing.agg(turns='size', unread='sum', share='mean').reset_index()
+
+# %% ../nbs/api/05_rewards.ipynb #8332c8a9
+def second_opinions(
+    rows:pd.DataFrame,     # `problem_id, answer` of graded turns
+    problems:pd.DataFrame, # with their gold `answer` and its `kind`
+    most:int=500,          # distinct answers that are drawn; choices, and what it decided, are left out
+    seed:int=0,            # of the draw
+    grader:Grader=None,    # a running grader, which stays open; None starts one and stops it
+)->pd.DataFrame: # `problem_id, gold, answer, kind, turns, mapo, math_verify`; None where math-verify's time ran out
+    "Math-verify's verdicts beside those that were given without it."
+    pairs = rows.dropna(subset='answer').groupby(['problem_id', 'answer'], sort=False)
+    said = pairs.size().rename('turns').reset_index()
+    said = said.assign(draw=seeded_draw(said['problem_id'] + '\n' + said['answer'], seed)).nsmallest(most, 'draw')
+    facts = problem_facts(said, problems, 'answer', 'kind').rename(columns=dict(answer='gold'))
+    columns = ['problem_id', 'gold', 'answer', 'kind', 'turns']
+    with nullcontext(grader) if grader else Grader() as g:
+        found = [(*row, *verdicts[2:]) for row in said.join(facts, on='problem_id')[columns].itertuples(index=False)
+                 for verdicts in g.second_opinions([row.gold], [row.answer], row.kind)]
+    return pd.DataFrame(found, columns=[*columns, 'mapo', 'math_verify'])
 
 # %% ../nbs/api/05_rewards.ipynb #d7f61272
 class Majority(NamedTuple):

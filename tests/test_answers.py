@@ -1,5 +1,5 @@
 """Answers: every public gold solution, a careful teacher's verdicts, hostile answers, workers that die."""
-import json, os, random, subprocess, sys, threading, time
+import json, os, random, re, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from free_answers import generated, hand_written, unseen
-from mapo.answers import LONGEST_ANSWER, Grader, _decided, _Worker, canonical_answer, extract_answer, grade, without_thoughts
+from free_answers import generated, hand_written, later, unseen
+from mapo.answers import LONGEST_ANSWER, Grader, _chosen, _decided, _differ, _prose, _Worker, canonical_answer, comparer, extract_answer, grade, without_thoughts
 from mapo.problems import gsm8k, math_500
 
 DATA = Path(os.environ.get('MAPO_SHARED_DATA', Path(__file__).resolve().parent.parent/'../shared/data'))
@@ -47,9 +47,9 @@ def mistakes(verdicts, rows):
 
 
 def test_free_answers_get_the_verdict_of_a_careful_teacher(grader):
-    rows = hand_written()
+    rows = hand_written() + later()
     verdicts = grader.grade([gold for gold, *_ in rows], [extract_answer(text, 'math') for _, text, _ in rows], 'math').tolist()
-    assert len(rows) > 250 and [row for row, verdict in zip(rows, verdicts) if verdict != row[2]] == []
+    assert len(rows) > 330 and [row for row, verdict in zip(rows, verdicts) if verdict != row[2]] == []
     theirs = mistakes(verdicts_of_math_verify(rows), rows)
     assert theirs['accepts'] > 0 and theirs['refusals'] > 0
 
@@ -58,15 +58,14 @@ def test_free_answers_that_no_rule_was_made_for(grader):
     rows = unseen()
     verdicts = grader.grade([gold for gold, *_ in rows], [extract_answer(text, 'math') for _, text, _ in rows], 'math').tolist()
     ours, theirs = mistakes(verdicts, rows), mistakes(verdicts_of_math_verify(rows), rows)
-    assert len(rows) > 60 and ours['accepts'] <= theirs['accepts'] and ours['refusals'] < theirs['refusals']/2
+    assert len(rows) > 60 and ours['accepts'] <= theirs['accepts'] and ours['refusals'] < theirs['refusals']
 
 
 def test_gold_answers_in_other_styles_and_with_a_changed_digit(public, grader):
     rows = generated(public.answer[public.kind == 'math'])
     verdicts = grader.grade([gold for gold, *_ in rows], [extract_answer(text, 'math') for _, text, _ in rows], 'math').tolist()
     wrong = [row for row, verdict in zip(rows, verdicts) if verdict != row[2]]
-    assert [(gold, right) for gold, _, right in wrong] == [(r'15\mbox{ cm}^2', False)] # cm^4: the power of a unit goes with it
-    assert len(rows) > 900 and len(wrong) < sum(mistakes(verdicts_of_math_verify(rows), rows).values())
+    assert len(rows) > 900 and wrong == [] and sum(mistakes(verdicts_of_math_verify(rows), rows).values()) > 10
 
 
 @pytest.mark.parametrize('gold, answer, right', [
@@ -100,6 +99,40 @@ def test_kinds_of_answers_that_were_judged_wrong_once(grader, gold, answer, righ
     ('number', '#### 27.0', '27'), ('number', r'\boxed{2x=10}', None)])
 def test_kinds_of_texts_that_were_misread_once(kind, text, answer):
     assert canonical_answer(extract_answer(text, kind), kind) == answer
+
+
+@pytest.mark.parametrize('gold, text, right', [
+    # a plus-minus is two answers, wherever it stands
+    (r'x=a\pm b', 'a+b, a-b', True), (r'x=a\pm b', 'The roots are $a-b$ and $a+b$.', True), (r'x=a\pm b', 'a+b', False), (r'\pm 2', '2', False),
+    (r'x=\frac{-1\pm\sqrt5}{2}', r'\frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}', True), (r'3\pm2i', '3-2i,3+2i', True),
+    # times of day
+    ('12:30', '12:30', True), ('12:30', 'The train leaves at 12:30.', True), ('12:30', 'It is 12:45.', False), ('3:4', '3/4', True), ('1:10', '2:20', True),
+    ('12:30 p.m.', r'\boxed{12:30 \text{ p.m.}}', True), ('12:30 a.m.', 'It is 12:30 p.m.', False), ('12:30', 'It is 12:30 PM.', True),
+    # boxes that are ruled out
+    ('4', r'not \boxed{3}; the answer is \boxed{4}', True), ('3', r'not \boxed{3}; the answer is \boxed{4}', False), ('4', r'\boxed{4}, not \boxed{3}.', True),
+    ('4', r'So \boxed{4}. But \boxed{3} is wrong.', True), ('3', r'It is not \boxed{4} but $\boxed{3}$.', True), ('3', r'$\boxed{3}$ is not a square.', True),
+    ('3', r'$\boxed{3}$ is what we get.', True),
+    # remarks at the end
+    ('12', 'I get 12, though 10 would also be plausible at first sight.', True), ('12', 'There are 12 apples, not counting the 3 rotten ones.', True),
+    ('3.14', 'The area is 3.14, rounded to 2 decimal places.', True), ('12', 'The answer is 12, not 10.', True), ('12', 'The answer is 12 rather than 10.', True),
+    ('3', '3.14 rounded to the nearest integer is 3.', True), ('9', 'Of 12 birds, though 3 fell, 9 sing.', True),
+    # products of letters are no words
+    ('a(b+c)', r'\boxed{ab + ac}', True), ('abc+abd', 'It is $abd + abc$.', True), ('a(b+c)', r'\boxed{ab + bc}', False),
+    # equations: solved or not
+    ('5', '5 = x', True), ('x=5', 'x=10-x', False), ('x=5', '5=x', True), ('y=2x+3', '2x-y=-3', True), ('y=2x+3', 'y=2x+4', False),
+    # powers of a unit
+    ('15 cm^2', r'15\text{ cm}^4', False), ('15 cm^2', r'15\text{ cm}^2', True), ('15 cm^2', '15', True), ('15', '15 cm^2', True), ('15 square cm', '15 cm^2', True),
+    (r'4\sqrt{3}\text{ cm}^2', r'4\sqrt3\text{ cm}^3', False), (r'4\sqrt{3}\text{ cm}^2', r'4\sqrt3', True), ('x^2', 'x^4', False), ('5xy^2', '5xy^4', False)])
+def test_kinds_of_answers_that_were_found_wrong_later(grader, gold, text, right):
+    assert grader.grade([gold], [extract_answer(text, 'math')], 'math')[0] == right
+
+
+@pytest.mark.parametrize('text, answer', [
+    ('#### 9**9**9', None), ('#### 5!', None), (r'\boxed{5!}', None), ('#### 2^10', None), ('#### 3 * 4 = 12', '12'), ('I got 42!', '42'), ('**The answer is 42!**', '42'),
+    ('#### 5\x1b[0m', '5'), ('#### 5\x1b[1;32m\n', '5'), ('#### 5\\n', '5'), ('#### 5\\nNext', '5'), ('9'*10**6, None), ('The answer is ' + '9'*10**6, None),
+    ('It is 12, not 10.', '12'), ('an area of 12 cm^2', '12'), (r'\boxed{12\text{ cm}^2}', '12'), ('#### Step 2\nso 7', '7')])
+def test_numbers_that_a_text_only_seems_to_state(text, answer):
+    assert canonical_answer(extract_answer(text)) == answer and len(extract_answer(text, 'math') or '') <= LONGEST_ANSWER
 
 
 def test_gold_answers_may_be_numbers():
@@ -234,6 +267,27 @@ def test_decisions_without_math_verify_agree_with_it(public, grader):
     assert len(pairs) > 400 and grader.disagreements(*zip(*pairs), 'math') == []
 
 
+def test_a_text_that_is_refused_for_what_is_chosen_in_it_is_refused_when_it_is_read(public, monkeypatch):
+    rows = [(gold, text) for gold, text, _ in [*hand_written(), *later()]] + list(zip(public.answer, public.solution))[1319:1400]
+    golds = [canonical_answer(gold, 'math') for gold, _ in rows]
+    texts = [' '.join(text.split())[-300:] for _, text in rows]
+    cases = [(golds[(i + shift) % len(golds)], t) for i, t in enumerate(texts) if _prose(t) for shift in (0, 7, 31, 90)]
+    equal, refused = comparer(), lambda gold, text: _decided(gold, canonical_answer(_chosen(text), 'math') or gold, 'math') is False
+    sure = [case for case in cases if _chosen(case[1]) and refused(*case)]
+    monkeypatch.setattr('mapo.answers._chosen', lambda text: None)
+    assert len(sure) > 200 and [case for case in sure if equal(*case)] == [('52_8', 'The sum is $52_9$.')] # where it loses the base
+
+
+def test_formulas_that_differ_for_sure_differ_for_math_verify(public, grader):
+    golds, draw = sorted(set(public.answer[public.kind == 'math'])), random.Random(3)
+    other = (lambda a: f'y={a}', lambda a: f'-{a}', lambda a: f'{a}+1', lambda a: f'{a}^2', lambda a: f'({a},1)', lambda a: rf'\sqrt{{{a}}}', lambda a: f'2({a})')
+    pairs = [(draw.choice(golds), draw.choice(golds)) for _ in range(250)]
+    pairs += [(a, draw.choice(other)(b)) for a, b in pairs] + [(a, draw.choice(other)(a)) for a, _ in pairs]
+    keys = [[canonical_answer(a, 'math') for a in pair] for pair in pairs]
+    sure = [pair for pair, key in zip(pairs, keys) if key[0] != key[1] and _differ(*key)]
+    assert len(sure) > 400 and grader.disagreements(*zip(*sure), 'math') == []
+
+
 def test_other_writings_of_numbers_are_decided_as_math_verify_decides(public, grader):
     golds, draw = sorted(set(public.answer[public.kind == 'math'])), random.Random(2)
     numbers = [g for g in golds if g.isdigit()]
@@ -252,7 +306,7 @@ def test_disagreements_are_found():
 def test_all_questions_about_a_gold_answer_go_to_one_worker(monkeypatch):
     asked = {}
     monkeypatch.setattr(_Worker, 'ask', lambda self, gold, answer: asked.setdefault(gold, set()).add(id(self)) or False)
-    with Grader(n_workers=3) as grader: grader.grade([f'x+{i}' for i in range(300) for _ in range(3)], [f'y+{i}' for i in range(900)], 'math')
+    with Grader(n_workers=3) as grader: grader.grade([f'x!+{i}' for i in range(300) for _ in range(3)], [f'y!+{i}' for i in range(900)], 'math')
     assert len(asked) == 300 and all(len(workers) == 1 for workers in asked.values())
 
 
@@ -267,10 +321,10 @@ def test_a_question_that_takes_too_long_need_not_cost_its_worker():
 
 def test_classes_close_over_what_is_equal_and_compare_no_more_than_they_must(monkeypatch):
     asked = []
-    equal = {('x', 'y'), ('y', 'z')}
+    equal = {('x!', 'y!'), ('y!', 'z!')}
     monkeypatch.setattr(_Worker, 'ask', lambda self, gold, answer: asked.append((gold, answer)) or (gold, answer) in equal)
     with Grader() as grader:
-        assert grader.classes([['z', 'x', 'y', 'w'], ['x', 'w'], ['7', '8']], ['math']*3) == [dict(z='x', x='x', y='x', w='w'), dict(x='x', w='w'), {'7': '7', '8': '8'}]
+        assert grader.classes([['z!', 'x!', 'y!', 'w!'], ['x!', 'w!'], ['7', '8']], ['math']*3) == [{'z!': 'x!', 'x!': 'x!', 'y!': 'x!', 'w!': 'w!'}, {'x!': 'x!', 'w!': 'w!'}, {'7': '7', '8': '8'}]
         assert len(asked) == len(set(asked)) == 12
-        many = [f'x+{i}y' for i in range(200)]
+        many = [f'x!+{i}y' for i in range(200)]
         assert grader.classes([many], ['math']) == [{a: a for a in many}] and len(asked) == 12 + 50*49
