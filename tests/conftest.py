@@ -33,7 +33,7 @@ def pytest_sessionfinish():
 
 
 # What the two workers begin with: the groups that take longest, so that both end at about the same time.
-LONGEST = ['launch', 'mars_po', 'multiagent_ft', 'malt', 'servers', 'from_one_problem', 'specialization', 'runs', '07_training', 'docs', '12b_figures', 'training']
+LONGEST = ['launch', 'mars_po', 'multiagent_ft', 'malt', 'servers', 'from_one_problem', 'specialization', 'runs', '09_training', 'docs', '14_figures', 'training']
 
 
 def group(item): return item.get_closest_marker('xdist_group').args[0]

@@ -21,9 +21,9 @@ def test_what_is_chosen_for_any_file_is_there():
 
 
 @pytest.mark.parametrize('path,tests', {
-    'mapo/pairs.py': ['test_notebooks.py::test_notebook_runs[06_pairs]', 'test_pairs.py'],
-    'nbs/api/06_pairs.ipynb': ['test_notebooks.py::test_notebook_runs[06_pairs]', 'test_pairs.py'],
-    'mapo/launch/fsdp.yaml': ['test_notebooks.py::test_notebook_runs[07_training]', 'test_training.py', 'test_launch.py'],
+    'mapo/pairs.py': ['test_notebooks.py::test_notebook_runs[07_pairs]', 'test_pairs.py'],
+    'nbs/api/07_pairs.ipynb': ['test_notebooks.py::test_notebook_runs[07_pairs]', 'test_pairs.py'],
+    'mapo/launch/fsdp.yaml': ['test_notebooks.py::test_notebook_runs[09_training]', 'test_training.py', 'test_launch.py'],
     'tests/test_runs.py': ['test_runs.py'],
     'nbs/papers/malt.ipynb': ['test_papers.py::test_paper_notebook_runs[malt]', 'test_figures.py::test_a_paper_shows_its_record[malt]'],
     'nbs/papers/tiny_world.ipynb': ['test_papers.py::test_paper_notebook_runs[tiny_world]'],

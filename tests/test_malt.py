@@ -114,7 +114,7 @@ def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
 
 
 def test_nobody_right_is_one_sentence(runs):
-    with pytest.raises(ValueError, match="malt: nothing to learn for generator: chosen: 8 wrong"):
+    with pytest.raises(ValueError, match="malt: nothing to learn for generator: chosen: .* wrong"):
         compute(Run('wrong', {}, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
 
 

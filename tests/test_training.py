@@ -148,7 +148,7 @@ def test_reference_table_fits_rows_not_positions(initial, other, tmp_path):
     first = train(initial, pairs, settings, tmp_path/'a', table).log
     mixed = train(initial, pairs, settings, tmp_path/'b', table.sample(frac=1, random_state=0)).log
     assert first.equals(mixed)
-    with pytest.raises(ValueError, match='hold nothing for 6 of 6 pairs'): train(initial, make_pairs(6, seed=9), settings, tmp_path/'c', table)
+    with pytest.raises(ValueError, match='hold nothing for 6 of 6 rows'): train(initial, make_pairs(6, seed=9), settings, tmp_path/'c', table)
 
 
 def test_reference_of_another_vocabulary(initial, tmp_path):

@@ -423,6 +423,6 @@ def test_an_experiment_runs_on_it_and_says_so(tmp_path):
 @real
 def test_the_notebook_runs(tmp_path):
     "The cells that show answers need vLLM, so nbdev_test leaves them out; and an engine works from a notebook."
-    (tmp_path/'nb.ipynb').write_text((REPO/'nbs'/'api'/'13_vllm.ipynb').read_text())
+    (tmp_path/'nb.ipynb').write_text((REPO/'nbs'/'api'/'17_vllm.ipynb').read_text())
     done = subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--output', 'out.ipynb', str(tmp_path/'nb.ipynb')], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
