@@ -46,7 +46,8 @@ def prepare(folder, path, agents, rank):
     for i in range(agents):
         net,tokenizer = load_model(Model('base', path), 'cpu')
         torch.manual_seed(i)
-        net = get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules='all-linear', task_type='CAUSAL_LM'))
+        net = get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules='all-linear',
+                                             task_type='CAUSAL_LM'))
         for name, w in net.named_parameters():
             if 'lora_B' in name: torch.nn.init.normal_(w, std=.01)
         net.save_pretrained(folder/f'adapter-{i}')
@@ -56,7 +57,8 @@ def prepare(folder, path, agents, rank):
 
 def requests():
     from mapo.engines import Request
-    return [Request((dict(role='user', content=f'What is {17*i % 90+10} + {29*i % 90+10}?'),), seed=i) for i in range(16)]
+    return [Request((dict(role='user', content=f'What is {17*i % 90+10} + {29*i % 90+10}?'),), seed=i)
+            for i in range(16)]
 
 
 def measure(way, folder, path, agents):
@@ -64,7 +66,8 @@ def measure(way, folder, path, agents):
     import torch, peft
     from mapo.agents import Model
     from mapo.engines import Sampling, TransformersEngine
-    models = dict(one=[Model('base', path)], adapters=[Model(f'agent-{i}', path, adapter=str(folder/f'adapter-{i}')) for i in range(agents)],
+    models = dict(one=[Model('base', path)],
+                  adapters=[Model(f'agent-{i}', path, adapter=str(folder/f'adapter-{i}')) for i in range(agents)],
                   models=[Model(f'agent-{i}', str(folder/f'model-{i}')) for i in range(agents)])[way]
     asked,sampling = requests(),Sampling(temperature=0, max_tokens=24)
     torch.ones(64, 64) @ torch.ones(64, 64)
@@ -82,8 +85,10 @@ def measure(way, folder, path, agents):
             assert way == 'models' or engine.switch(model)
             between = time.perf_counter()
             completions = engine.generate(asked, sampling)
-            if turn: switching,answering,tokens = switching+between-began,answering+time.perf_counter()-between,tokens+sum(c[0].completion_tokens for c in completions)
-    print(json.dumps(dict(imports=before, loaded=loaded-before, answered=private()-before, peak=peak()-at_first, loading=loading,
+            if turn:
+                switching,answering,tokens = switching+between-began,answering+time.perf_counter()-between,tokens+sum(c[0].completion_tokens for c in completions)
+    print(json.dumps(dict(imports=before, loaded=loaded-before, answered=private()-before, peak=peak()-at_first,
+                          loading=loading,
                           switch=switching/len(models), speed=tokens/answering)))
 
 
@@ -105,18 +110,23 @@ def train(way, folder, path, agents, rank):
     import pandas as pd
     from mapo.agents import Model
     from mapo.training import SFT, train
-    examples = pd.DataFrame([dict(prompt=list(r.messages), completion=[dict(role='assistant', content='That is easily said: '*4 + str(r.seed))]) for r in requests()])
-    settings = SFT(batch_size=4, micro_batch_size=1, updates=3, learning_rate=1e-5, lora_rank=0 if way == 'full' else rank)
+    examples = pd.DataFrame([dict(prompt=list(r.messages),
+                                  completion=[dict(role='assistant', content='That is easily said: '*4 + str(r.seed))])
+                             for r in requests()])
+    settings = SFT(batch_size=4, micro_batch_size=1, updates=3, learning_rate=1e-5,
+                   lora_rank=0 if way == 'full' else rank)
     torch.ones(64, 64) @ torch.ones(64, 64)
     before,at_first,after,start = private(),resident(),[],time.perf_counter()
     for i in range(agents if way == 'adapters' else 1):
         train(Model(f'agent-{i}', path), examples, settings, folder/f'trained-{way}-{i}', progress=False)
         after.append(private()-before)
-    print(json.dumps(dict(imports=before, first=after[0], last=after[-1], peak=peak()-at_first, seconds=(time.perf_counter()-start)/len(after))))
+    print(json.dumps(dict(imports=before, first=after[0], last=after[-1], peak=peak()-at_first,
+                          seconds=(time.perf_counter()-start)/len(after))))
 
 
 def alone(*arguments): # in a process of its own
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | dict(HF_HUB_OFFLINE='1'))
     if done.returncode: sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -135,10 +145,15 @@ def holding(args, folder):
     results = {way: median(rows) for way, rows in found.items()}
     one,rows = results['one'],[]
     for way, r in results.items():
-        rows.append({'agents held as': WAYS[way].format(n=args.agents), 'after loading, MB': f'{r.loaded/MB:,.0f}', 'after answers of each, MB': f'{r.answered/MB:,.0f}',
-                     'times one model': f'{r.answered/one.answered:.2f}', 'peak, MB': f'{r.peak/MB:,.0f}', 'whole process, MB': f'{(r.imports+r.answered)/MB:,.0f}',
-                     'loading, s': f'{r.loading:.2f}', 'a switch, ms': f'{1000*r.switch:.1f}' if way == 'adapters' else '', 'tokens/s': f'{r.speed:,.0f}'})
-    return pd.DataFrame(rows), results['adapters'].answered/one.answered, [r['answered'] for r in found['adapters']], one
+        rows.append({'agents held as': WAYS[way].format(n=args.agents), 'after loading, MB': f'{r.loaded/MB:,.0f}',
+                     'after answers of each, MB': f'{r.answered/MB:,.0f}',
+                     'times one model': f'{r.answered/one.answered:.2f}', 'peak, MB': f'{r.peak/MB:,.0f}',
+                     'whole process, MB': f'{(r.imports+r.answered)/MB:,.0f}',
+                     'loading, s': f'{r.loading:.2f}',
+                     'a switch, ms': f'{1000*r.switch:.1f}' if way == 'adapters' else '',
+                     'tokens/s': f'{r.speed:,.0f}'})
+    return pd.DataFrame(rows), results['adapters'].answered/one.answered, [r['answered']
+                                                                           for r in found['adapters']], one
 
 
 def training(args, folder, one):
@@ -146,9 +161,12 @@ def training(args, folder, one):
     import pandas as pd
     rows = []
     for way, name in TRAININGS.items():
-        r = pd.Series(alone(args.model, '--way', f'train-{way}', '--folder', folder, '--agents', args.agents, '--rank', args.rank))
-        rows.append({'training': name.format(n=args.agents), 'peak, MB': f'{r.peak/MB:,.0f}', 'times one model at rest': f'{r.peak/one.answered:.2f}',
-                     'kept after the first, MB': f'{r["first"]/MB:,.0f}', 'kept after the last, MB': f'{r["last"]/MB:,.0f}', 's each': f'{r.seconds:.1f}'})
+        r = pd.Series(alone(args.model, '--way', f'train-{way}', '--folder', folder, '--agents', args.agents, '--rank',
+                            args.rank))
+        rows.append({'training': name.format(n=args.agents), 'peak, MB': f'{r.peak/MB:,.0f}',
+                     'times one model at rest': f'{r.peak/one.answered:.2f}',
+                     'kept after the first, MB': f'{r["first"]/MB:,.0f}',
+                     'kept after the last, MB': f'{r["last"]/MB:,.0f}', 's each': f'{r.seconds:.1f}'})
     return pd.DataFrame(rows)
 
 
@@ -162,7 +180,8 @@ def main():
     parser.add_argument('--way', help=argparse.SUPPRESS)
     parser.add_argument('--folder', type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.way and args.way.startswith('train-'): return train(args.way[6:], args.folder, args.model, args.agents, args.rank)
+    if args.way and args.way.startswith('train-'):
+        return train(args.way[6:], args.folder, args.model, args.agents, args.rank)
     if args.way: return measure(args.way, args.folder, args.model, args.agents)
     import torch, transformers, peft
     from mapo.tables import markdown
@@ -171,8 +190,10 @@ def main():
         size,extra = prepare(folder, args.model, args.agents, args.rank)
         table,ratio,spread,one = holding(args, folder)
         lines = [f'{size/1e6:,.1f} M parameters, float32; rank {args.rank} on all linear layers, {extra/1e6:,.2f} M parameters an adapter ({extra/size:.1%} of the base).',
-                 '', markdown(table), '', f'{args.agents} adapters in at most {TARGET} times the memory of one model: {"kept" if ratio <= TARGET else "MISSED"} at {ratio:.2f} '
-                 f'(over the repeats {min(spread)/one.answered:.2f} to {max(spread)/one.answered:.2f}); the matrices alone would be {1+args.agents*extra/size:.2f}.']
+                 '', markdown(table), '',
+                 f'{args.agents} adapters in at most {TARGET} times the memory of one model: {"kept" if ratio <= TARGET else "MISSED"} at {ratio:.2f} '
+                 f'(over the repeats {min(spread)/one.answered:.2f} to {max(spread)/one.answered:.2f}); the matrices '
+                 f'alone would be {1+args.agents*extra/size:.2f}.']
         if not args.no_training: lines += ['', markdown(training(args, folder, one))]
     lines += ['', f'{args.repeats} repeats, interleaved, medians (training: once); {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end; '
               f'torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.']

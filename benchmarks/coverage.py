@@ -36,7 +36,8 @@ def answers(rng, runs, p, seeds, problems, between, kind):
     "Share right of each problem: (runs, 2 arms, seeds, problems)."
     n, hard, own, luck = KINDS[kind]
     draw = lambda spread, *shape: spread*rng.standard_normal((runs, *shape), dtype=np.float32)
-    odds = draw(hard, 1, 1, problems) + draw(own, 2, 1, problems) + draw(between, 2, seeds, 1) + draw(luck, 2, seeds, problems)
+    odds = draw(hard, 1, 1, problems) + draw(own, 2, 1, problems) + draw(between, 2, seeds, 1) + draw(luck, 2, seeds,
+                                                                                                      problems)
     chance = special.expit(odds + np.float32(intercept(p, np.sqrt(hard**2 + own**2 + between**2 + luck**2))))
     return (rng.random(chance.shape, dtype=np.float32) < chance).astype(float) if n == 1 else rng.binomial(n, chance)/n
 
@@ -56,7 +57,8 @@ def measure(rng, runs, **setting):
     x = answers(rng, runs, **setting)
     _, _, low, high = cluster_interval(x[:, 0])
     d = x[:, 0] - x[:, 1]
-    return dict(setting, coverage=((low <= setting['p']) & (setting['p'] <= high)).mean(), level=(paired(d).p < .05).mean(), **others(d))
+    return dict(setting, coverage=((low <= setting['p']) & (setting['p'] <= high)).mean(),
+                level=(paired(d).p < .05).mean(), **others(d))
 
 
 def line(group):
@@ -66,13 +68,15 @@ def line(group):
 
 def page(table, runs, cpu):
     "The result as Markdown."
-    rows = [f'| {p:g} | {seeds} | {problems} | {line(group)} |' for (p, seeds, problems), group in table.groupby(['p', 'seeds', 'problems'])]
+    rows = [f'| {p:g} | {seeds} | {problems} | {line(group)} |' for (p, seeds, problems),
+            group in table.groupby(['p', 'seeds', 'problems'])]
     error = lambda share: 100*np.sqrt(share*(1 - share)/runs)
     wide, narrow = table[table.coverage > .97 + 2*error(.97)/100], table[table.coverage < .93]
     far = table[(table.level - .05).abs() > .01 + 2*error(.05)/100]
     def named(rows, what):
         cells = rows.groupby(['p', 'seeds', 'problems'])[what].agg(['min', 'max', 'size'])
-        return '; '.join(f'p = {p:g}, {seeds} seeds, {problems} problems: {100*r["min"]:.1f}-{100*r["max"]:.1f} in {r["size"]:.0f} of {len(table)//12} settings'
+        return '; '.join(f'p = {p:g}, {seeds} seeds, {problems} problems: {100*r["min"]:.1f}-{100*r["max"]:.1f} in '
+                         f'{r["size"]:.0f} of {len(table)//12} settings'
                          for (p, seeds, problems), r in cells.iterrows()) or 'nowhere'
     return f'''# Coverage over seeds and problems
 

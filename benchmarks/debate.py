@@ -17,13 +17,19 @@ parser.add_argument('--profile', action='store_true')
 args = parser.parse_args()
 
 QUESTION = 'A baker sells {} loaves in the morning and twice as many in the afternoon. How many loaves is that in a day?'
-problems = pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(args.problems)], question=[QUESTION.format(i) for i in range(args.problems)], kind='number', split='train'))
+problems = pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(args.problems)],
+                             question=[QUESTION.format(i) for i in range(args.problems)], kind='number', split='train'))
 model,seats = Model('m', 'tiny:base'),range(args.seats)
 generators = Team('generators', [Agent(f'gen-{i}', model) for i in seats])
-pasting = Team('critics', [Agent(f'crit-{i}', model, Role('critic', '{others}Answer again.', quote='One of the others said: {answer}\n\n')) for i in seats])
-reading = Team('critics', [Agent(f'crit-{i}', model, Role('critic', 'A summary of the others: {summary}\n\nAnswer again.')) for i in seats])
+pasting = Team('critics', [Agent(f'crit-{i}', model,
+                                 Role('critic', '{others}Answer again.', quote='One of the others said: {answer}\n\n'))
+                           for i in seats])
+reading = Team('critics', [Agent(f'crit-{i}', model,
+                                 Role('critic', 'A summary of the others: {summary}\n\nAnswer again.')) for i in seats])
 summarizer = Agent('summarizer', model, Role('summarizer', 'Sum up.\n\n{others}'))
-engine = ScriptedEngine(lambda messages, seed: f'In the morning some, in the afternoon twice as many. That makes three times as many. #### {3*(seed % 4)}', window=4096)
+engine = ScriptedEngine(lambda messages,
+                        seed: f'In the morning some, in the afternoon twice as many. That makes three times as many. '
+                              f'#### {3*(seed % 4)}', window=4096)
 
 def once(critics, summarizer):
     "CPU seconds of one debate, and how many turns it had."
@@ -51,6 +57,7 @@ else:
     previous = None
     for share in (.25, .5, 1.):
         few = turns[turns.problem_id.isin(problems.problem_id[:int(share*len(problems))])]
-        seconds = min(_t for _t in [(lambda b: (vote(few, problems), time.process_time()-b)[1])(time.process_time()) for _ in range(args.repeats)])
+        seconds = min(_t for _t in [(lambda b: (vote(few, problems), time.process_time()-b)[1])(time.process_time())
+                                    for _ in range(args.repeats)])
         print(f"| {len(few):,} | {seconds:.3f} | {'' if previous is None else f'{seconds/len(few)/previous:.2f}'} |")
         previous = seconds/len(few)

@@ -20,7 +20,8 @@ from mapo.tiny import ROLES, tiny_problems
 def questions(n): return [ROLES['generator'].format(question=q) for q in tiny_problems(n).question]
 
 
-def answer_tokens(out, eos): return sum(int((row == eos).int().argmax())+1 if (row == eos).any() else len(row) for row in out)
+def answer_tokens(out, eos):
+    return sum(int((row == eos).int().argmax())+1 if (row == eos).any() else len(row) for row in out)
 
 
 def plain(net, tokenizer, texts, max_tokens, batch):
@@ -28,7 +29,9 @@ def plain(net, tokenizer, texts, max_tokens, batch):
     total = 0
     for i in range(0, len(texts), batch):
         inputs = tokenizer(texts[i:i+batch], return_tensors='pt', padding=True, add_special_tokens=False).to(net.device)
-        with torch.inference_mode(): out = net.generate(**inputs, do_sample=True, temperature=1., top_k=0, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id)
+        with torch.inference_mode():
+            out = net.generate(**inputs, do_sample=True, temperature=1., top_k=0, max_new_tokens=max_tokens,
+                               pad_token_id=tokenizer.pad_token_id)
         total += answer_tokens(out[:, inputs['input_ids'].shape[1]:], tokenizer.eos_token_id)
     return total
 
@@ -46,10 +49,13 @@ def main():
     engine = TransformersEngine(model, progress=False)
     requests = [Request(tuple(m), seed=i) for i, m in enumerate(messages)]
 
-    def ours(requests=requests): return sum(c.completion_tokens for cs in engine.generate(requests, Sampling(max_tokens=args.max_tokens)) for c in cs)
+    def ours(requests=requests):
+        return sum(c.completion_tokens for cs in engine.generate(requests, Sampling(max_tokens=args.max_tokens))
+                   for c in cs)
     few = min(32, args.prompts)
     ways = {'one prompt at a time': lambda: plain(net, tokenizer, texts[:few], args.max_tokens, 1),
-            **{f'plain batches of {b}': lambda b=b: plain(net, tokenizer, texts, args.max_tokens, b) for b in (32, 128, 512)},
+            **{f'plain batches of {b}': lambda b=b: plain(net, tokenizer, texts, args.max_tokens, b)
+               for b in (32, 128, 512)},
             'TransformersEngine': ours}
     engine.generate(requests[:2], Sampling(max_tokens=2))
     rows = []
@@ -58,12 +64,16 @@ def main():
             torch.manual_seed(0)
             started,cpu = time.perf_counter(),time.process_time()
             tokens = way()
-            rows.append(dict(way=name, tokens=tokens, wall=tokens/(time.perf_counter()-started), cpu=tokens/(time.process_time()-cpu)))
+            rows.append(dict(way=name, tokens=tokens, wall=tokens/(time.perf_counter()-started),
+                             cpu=tokens/(time.process_time()-cpu)))
     best = pd.DataFrame(rows).groupby('way', sort=False).max()
-    table = pd.DataFrame(dict(tokens=best.tokens, **{'tokens/s': best.wall.round(), 'tokens/CPU-s': best.cpu.round(), 'ratio to one at a time': (best.wall/best.wall.iloc[0]).round(1)}))
+    table = pd.DataFrame(dict(tokens=best.tokens,
+                              **{'tokens/s': best.wall.round(), 'tokens/CPU-s': best.cpu.round(),
+                                 'ratio to one at a time': (best.wall/best.wall.iloc[0]).round(1)}))
     plain_best = best.wall[[w for w in ways if w.startswith('plain')]].max()
     print(markdown(formatted(table.reset_index())))
-    print(f"\nTransformersEngine / best plain batches: {best.wall['TransformersEngine']/plain_best:.2f}; / one at a time: {best.wall['TransformersEngine']/best.wall.iloc[0]:.1f}")
+    print(f"\nTransformersEngine / best plain batches: {best.wall['TransformersEngine']/plain_best:.2f}; / one at a "
+          f"time: {best.wall['TransformersEngine']/best.wall.iloc[0]:.1f}")
     print(f"{args.model}, {torch.get_num_threads()} thread(s), {net.device}, torch {torch.__version__}")
 
 

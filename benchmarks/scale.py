@@ -25,13 +25,19 @@ LINEAR = 1.1 # exponent above which a part is called more than linear
 # what is asked and answered
 
 STEPS = [ # four ways of writing each of four steps
-    ('First, the crates: {a} crates of {b} apples are {a} * {b} = {ab} apples.', 'There are {a} crates with {b} apples in each, so {a} * {b} = {ab} apples.',
-     'Multiplying the crates by what is in them gives {ab} apples, since {a} * {b} = {ab}.', 'Let x be the number of apples in all crates. Then x = {a} * {b} = {ab}.'),
-    ('To these come {c} loose apples, {ab} + {c} = {abc}.', 'Adding the {c} that lie beside them, we have {ab} + {c} = {abc}.',
-     'With the loose ones that makes {abc} apples, because {ab} + {c} = {abc}.', 'The loose apples count as well: {ab} + {c} = {abc}.'),
-    ('They are shared out among {d} families, so each gets {abc} / {d} apples.', 'Each of the {d} families takes an equal part, {abc} divided by {d}.',
+    ('First, the crates: {a} crates of {b} apples are {a} * {b} = {ab} apples.',
+     'There are {a} crates with {b} apples in each, so {a} * {b} = {ab} apples.',
+     'Multiplying the crates by what is in them gives {ab} apples, since {a} * {b} = {ab}.',
+     'Let x be the number of apples in all crates. Then x = {a} * {b} = {ab}.'),
+    ('To these come {c} loose apples, {ab} + {c} = {abc}.',
+     'Adding the {c} that lie beside them, we have {ab} + {c} = {abc}.',
+     'With the loose ones that makes {abc} apples, because {ab} + {c} = {abc}.',
+     'The loose apples count as well: {ab} + {c} = {abc}.'),
+    ('They are shared out among {d} families, so each gets {abc} / {d} apples.',
+     'Each of the {d} families takes an equal part, {abc} divided by {d}.',
      'Now divide by the {d} families: {abc} / {d}.', 'A family gets one part in {d} of {abc} apples.'),
-    ('So that is the answer.', 'Nothing else was asked, so we are done.', 'Let me check: {d} times that is {abc} again, as it should be.', 'This is what each family takes home.')]
+    ('So that is the answer.', 'Nothing else was asked, so we are done.',
+     'Let me check: {d} times that is {abc} again, as it should be.', 'This is what each family takes home.')]
 ENDINGS = dict(whole='#### {}', fraction='The answer is $\\boxed{{{}}}$.', surd='The answer is $\\boxed{{{}}}$.')
 
 
@@ -39,8 +45,11 @@ def word_problems(count:int):
     "Problems of three forms: whole numbers, fractions, and, one in twenty, roots, which two right answers write in two ways."
     a, b, c, d = np.random.default_rng(0).integers(2, 99, (4, count))
     form = np.where(np.arange(count) % 20 == 19, 'surd', np.where(np.arange(count) % 2, 'fraction', 'whole'))
-    answer = [f'{w}\\sqrt{{{z}}}' if f == 'surd' else str(w*x + y) if f == 'whole' else f'\\frac{{{w*x + y}}}{{{z}}}' for f, w, x, y, z in zip(form, a, b, c, d)]
-    question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are to be shared out evenly among {z} families ({f}, lot {i}). What does each take home?'
+    answer = [f'{w}\\sqrt{{{z}}}' if f == 'surd' else str(w*x + y) if f == 'whole' else f'\\frac{{{w*x + y}}}{{{z}}}'
+              for f, w, x, y, z in zip(form, a, b, c, d)]
+    question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are to be shared '
+                f'out '
+                f'evenly among {z} families ({f}, lot {i}). What does each take home?'
                 for i, (f, w, x, y, z) in enumerate(zip(form, a, b, c, d))]
     return pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(count)], question=question, answer=answer, solution='',
                              kind=np.where(form == 'whole', 'number', 'math'), split='train', source='scale'))
@@ -50,8 +59,10 @@ def word_problems(count:int):
 def worked(question, slip):
     "Every way of writing each step, and of ending, if the product is wrong by `slip`."
     a, b, c, d = (int(word) for word in question.split() if word.isdigit())
-    form, told = question.partition('(')[2].partition(',')[0], dict(a=a, b=b, c=c, d=d, ab=a*b + slip, abc=a*b + slip + c)
-    answers = dict(whole=[a*b + slip + c], fraction=[f'\\frac{{{a*b + slip + c}}}{{{d}}}'], surd=[f'{a + slip}\\sqrt{{{d}}}', f'\\sqrt{{{(a + slip)**2*d}}}'])[form]
+    form, told = question.partition('(')[2].partition(',')[0], dict(a=a, b=b, c=c, d=d, ab=a*b + slip,
+                                                                    abc=a*b + slip + c)
+    answers = dict(whole=[a*b + slip + c], fraction=[f'\\frac{{{a*b + slip + c}}}{{{d}}}'],
+                   surd=[f'{a + slip}\\sqrt{{{d}}}', f'\\sqrt{{{(a + slip)**2*d}}}'])[form]
     return [[way.format_map(told) for way in step] for step in STEPS], [ENDINGS[form].format(x) for x in answers]
 
 
@@ -73,12 +84,16 @@ def sample_scripted(draft, *, problems, n:int, chunk_answers:int):
     from mapo.agents import Sampling
     from mapo.engines import ScriptedEngine
     from mapo.sampling import ask_alone, sample_turns
-    team = Team('scale', [Agent(name, Model(name, 'tiny:products'), Role('generator', 'Solve the problem step by step.\n\n{question}')) for name in AGENTS])
+    team = Team('scale', [Agent(name, Model(name, 'tiny:products'),
+                                Role('generator', 'Solve the problem step by step.\n\n{question}')) for name in AGENTS])
     engines = {name: ScriptedEngine(script(skill), name) for name, skill in zip(AGENTS, (.5, .6, .7))}
-    contexts, turns = sample_turns(ask_alone(problems.read('problems'), team, n, 'train', 1), lambda model: engines[model.name], Sampling(max_tokens=384), chunk_answers, draft.map)
+    contexts, turns = sample_turns(ask_alone(problems.read('problems'), team, n, 'train', 1),
+                                   lambda model: engines[model.name], Sampling(max_tokens=384), chunk_answers,
+                                   draft.map)
     draft.write('contexts', contexts)
     draft.write('turns', turns)
-    draft.log |= dict(turns=len(turns), characters=round(turns['text'].str.len().mean()), distinct=round(turns['text'].nunique()/len(turns), 2))
+    draft.log |= dict(turns=len(turns), characters=round(turns['text'].str.len().mean()),
+                      distinct=round(turns['text'].nunique()/len(turns), 2))
 
 
 def make_record(draft, *, turns, scores):
@@ -88,14 +103,18 @@ def make_record(draft, *, turns, scores):
     from mapo.tables import claims_table, results_table, save_table
     table = scored(turns, scores)[['agent', 'problem_id', 'sample', 'answer', 'correct']]
     place, each = table['problem_id'].str[1:].astype(int), SAMPLES//len(ARMS)
-    dealt = table.assign(arm=np.array(ARMS)[table['sample']//each], sample=table['sample'] % each, greedy=table['sample'] % each == each - 1, seed=place % SEEDS,
+    dealt = table.assign(arm=np.array(ARMS)[table['sample']//each], sample=table['sample'] % each,
+                         greedy=table['sample'] % each == each - 1, seed=place % SEEDS,
                          problem_id='q' + (place//SEEDS).astype(str))
     rows = compact(dealt.assign(iteration=(dealt['arm'] != 'base').astype(int)))
     claims = [dict(claim='it helps', paper='none', tests=COMPARISONS)]
-    costs = pd.DataFrame([dict(arm='mars_po', seed=s, tokens_sampled=0, tokens_trained=0, updates=0) for s in range(SEEDS)])
-    manifest = dict(run='scale', command='', commit='', parameters=dict(split='test'), hardware={}, comparisons=COMPARISONS, claims=claims)
+    costs = pd.DataFrame([dict(arm='mars_po', seed=s, tokens_sampled=0, tokens_trained=0, updates=0)
+                          for s in range(SEEDS)])
+    manifest = dict(run='scale', command='', commit='', parameters=dict(split='test'), hardware={},
+                    comparisons=COMPARISONS, claims=claims)
     save_record(draft.path/'record', rows, costs, manifest)
-    tables = dict(results=results_table(rows, costs), agents=accuracy(rows), comparisons=compare(rows, COMPARISONS), claims=claims_table(claims, rows, COMPARISONS))
+    tables = dict(results=results_table(rows, costs), agents=accuracy(rows), comparisons=compare(rows, COMPARISONS),
+                  claims=claims_table(claims, rows, COMPARISONS))
     for name, made in tables.items(): save_table(made, draft.path, name)
 
 
@@ -130,7 +149,8 @@ def child(part, root, turns):
     before = peak()
     said, made = artifacts(run, turns, part)
     rows = sum(len(a.read('data')) for a in made) if part == 'pairs' else 0
-    print(json.dumps(dict(part=part, turns=said.log['turns'], cpu=sum(a.log['cpu_s'] for a in made), memory=max(a.log['peak_memory_mb'] for a in made) - before, imports=before, pairs=rows,
+    print(json.dumps(dict(part=part, turns=said.log['turns'], cpu=sum(a.log['cpu_s'] for a in made),
+                          memory=max(a.log['peak_memory_mb'] for a in made) - before, imports=before, pairs=rows,
                           characters=said.log['characters'], distinct=said.log['distinct'])))
 
 
@@ -143,7 +163,8 @@ def peak():
 def measure(part, root, turns):
     "The same, in a process of its own."
     command = [sys.executable, __file__, '--part', part, '--root', root, '--turns', str(turns)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                          env=os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     print(done.stdout, end='', file=sys.stderr, flush=True)
     return json.loads(done.stdout)
 
@@ -157,24 +178,35 @@ def report(measured, command):
     "The measurement as Markdown."
     largest, parts = measured['turns'].max(), [p for p in PARTS if p in set(measured['part'])]
     own = {part: measured[measured['part'] == part] for part in parts}
-    cells = lambda column, form: [f'| {part} | ' + ' | '.join(form.format(v) for v in own[part][column]) + f" | {slope(own[part], column):.2f} |" for part in parts]
+    cells = lambda column, form: [f'| {part} | ' + ' | '.join(form.format(v) for v in own[part][column])
+                                  + f" | {slope(own[part], column):.2f} |" for part in parts]
     sizes = ' | '.join(f'{n:,}' for n in sorted(measured['turns'].unique()))
     head = lambda what: ['', f'| {what} | {sizes} | exponent |', '|---|' + '--:|'*(measured['turns'].nunique() + 1)]
     each = lambda part, column, unit: unit*own[part][column]/own[part]['turns']
     beside = lambda costs: f'{costs.iloc[-1]/costs.iloc[-2]:.2f}' if len(costs) > 1 else ''
-    per = [f"| {part} | {each(part, 'cpu', 1e6).iloc[-1]:.0f} µs | {beside(each(part, 'cpu', 1))} | {each(part, 'memory', 2**20).iloc[-1]:,.0f} bytes | {beside(each(part, 'memory', 1))} |" for part in parts]
+    per = [f"| {part} | {each(part, 'cpu', 1e6).iloc[-1]:.0f} µs | {beside(each(part, 'cpu', 1))} | "
+           f"{each(part, 'memory', 2**20).iloc[-1]:,.0f} bytes | {beside(each(part, 'memory', 1))} |" for part in parts]
     steep = [p for p in parts for c in ('cpu', 'memory') if slope(own[p], c) > LINEAR]
     last, pairs = measured.iloc[-1], measured.loc[measured['part'] == 'pairs', 'pairs'].max()
     return '\n'.join([
         '# From a thousand turns to a million', '', f'`{command}`', '', '![Time and memory over turns](scale.png)', '',
-        f"Three agents answer each problem {SAMPLES} times through a scripted engine: {last['characters']:,.0f} characters a text, {last['distinct']:.0%} of the texts distinct, {pairs:,.0f} pairs of the largest size. "
-        'Every part runs as a stage in a process of its own, reads its tables from disk and writes them there; memory is its peak beside what the imports hold '
+        f"Three agents answer each problem {SAMPLES} times through a scripted engine: {last['characters']:,.0f} "
+        f"characters a text, {last['distinct']:.0%} of the texts distinct, {pairs:,.0f} pairs of the largest size. "
+        'Every part runs as a stage in a process of its own, reads its tables from disk and writes them there; memory '
+        'is '
+        'its peak beside what the imports hold '
         f"({measured['imports'].min():,.0f} to {measured['imports'].max():,.0f} MiB).",
-        *head('CPU seconds, by turns'), *cells('cpu', '{:.2f}'), *head('peak memory, MiB, by turns'), *cells('memory', '{:,.0f}'),
-        '', f'| at {largest:,} turns | time per turn | times that of the size before | memory per turn | times that of the size before |', '|---|--:|--:|--:|--:|', *per, '',
-        f"All parts of {largest:,} turns together: {sum(own[p]['cpu'].iloc[-1] for p in parts):,.0f} CPU seconds. Exponents are slopes on logarithmic scales between the two largest sizes; at the smaller ones, what a part costs once is most of it. "
-        + (f"More than linear (exponent over {LINEAR}): {', '.join(dict.fromkeys(steep))}." if steep else f'No part grows faster than the turns (exponent at most {LINEAR}).'),
-        '', f'Python {platform.python_version()}, pandas {pd.__version__}, one thread, {os.cpu_count()} cores shared with other work, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end.'])
+        *head('CPU seconds, by turns'), *cells('cpu', '{:.2f}'), *head('peak memory, MiB, by turns'),
+                      *cells('memory', '{:,.0f}'),
+        '', f'| at {largest:,} turns | time per turn | times that of the size before | memory per turn | times that of '
+            f'the size before |', '|---|--:|--:|--:|--:|', *per, '',
+        f"All parts of {largest:,} turns together: {sum(own[p]['cpu'].iloc[-1] for p in parts):,.0f} CPU seconds. "
+        f"Exponents are slopes on logarithmic scales between the two largest sizes; at the smaller ones, what a part "
+        f"costs once is most of it. "
+        + (f"More than linear (exponent over {LINEAR}): {', '.join(dict.fromkeys(steep))}." if steep
+           else f'No part grows faster than the turns (exponent at most {LINEAR}).'),
+        '', f'Python {platform.python_version()}, pandas {pd.__version__}, one thread, {os.cpu_count()} cores shared '
+            f'with other work, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end.'])
 
 
 def draw(measured, path):
@@ -183,15 +215,19 @@ def draw(measured, path):
     from mapo.tables import palette
     with figure_style():
         figure = Picture(6.4, 2.9)
-        for axes, column, title, unit in zip(figure.subplots(1, 2), ('cpu', 'memory'), ('CPU seconds', 'Peak memory, MiB'), (1e-5, 1e-3)):
+        for axes, column, title, unit in zip(figure.subplots(1, 2), ('cpu', 'memory'),
+                                             ('CPU seconds', 'Peak memory, MiB'), (1e-5, 1e-3)):
             ends = np.array([measured['turns'].min(), measured['turns'].max()])
             axes.plot(ends, ends*unit, color='#8c8c8c', linewidth=.8, linestyle=(0, (3, 2)))
             middle = np.sqrt(ends.prod())
-            axes.annotate('linear', (middle, middle*unit), xytext=(4, -3), textcoords='offset points', color='#737373', fontsize=6.5, va='top')
+            axes.annotate('linear', (middle, middle*unit), xytext=(4, -3), textcoords='offset points', color='#737373',
+                          fontsize=6.5, va='top')
             for (part, own), color, marker in zip(measured.groupby('part', sort=False), palette, 'osD^v'):
-                axes.plot(own['turns'], own[column].clip(lower=1e-3), color=color, marker=marker, label=f'{part} ({slope(own, column):.2f})')
+                axes.plot(own['turns'], own[column].clip(lower=1e-3), color=color, marker=marker,
+                          label=f'{part} ({slope(own, column):.2f})')
             axes.set(xscale='log', yscale='log', xlabel='turns', title=title)
-            axes.legend(loc='upper left', handlelength=1.6, title='exponent at the end', title_fontsize=6.5, alignment='left')
+            axes.legend(loc='upper left', handlelength=1.6, title='exponent at the end', title_fontsize=6.5,
+                        alignment='left')
         figure.savefig(path, metadata=dict(Software=None))
 
 
@@ -207,7 +243,8 @@ def main():
     for turns in args.turns:
         with tempfile.TemporaryDirectory() as root: rows += [measure(part, root, turns) for part in PARTS]
     measured = pd.DataFrame(rows)
-    given = [f"--turns {' '.join(map(str, args.turns))}"]*(args.turns != parser.get_default('turns')) + [f'--out {args.out}']*bool(args.out)
+    given = [f"--turns {' '.join(map(str, args.turns))}"]*(args.turns
+                                                           != parser.get_default('turns')) + [f'--out {args.out}']*bool(args.out)
     text = report(measured, ' '.join(['python benchmarks/scale.py', *given]))
     print(text)
     if args.out:

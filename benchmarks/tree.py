@@ -26,14 +26,20 @@ def trees(nodes, branching=(3, 3, 3), seed=0):
     for level, n in enumerate(branching):
         ids = [f'{p}.{i}' for p in parents for i in range(n)]
         problems = [p for p in problems for _ in range(n)]
-        contexts += [(f'for {p}', [dict(role='user', content=f'{p}: ' + letters[i % 2**15:][:300])]) for i, p in enumerate(parents)]
+        contexts += [(f'for {p}', [dict(role='user', content=f'{p}: ' + letters[i % 2**15:][:300])]) for i,
+                     p in enumerate(parents)]
         words = [f'{p} {rng.integers(2*n)} ' for p in parents for _ in range(n)]
-        levels.append(pd.DataFrame(dict(turn_id=ids, context_id=[f'for {p}' for p in parents for _ in range(n)], problem_id=problems, split='train', purpose='train', iteration=1, round=level,
-                                        seat=level, agent=ROLES[level], role=ROLES[level], parent_ids=[[p] if level else [] for p in parents for _ in range(n)],
-                                        text=[w + letters[zlib.crc32(w.encode()) % 2**15:][:300] for w in words], finish_reason='stop', completion_tokens=100, model_key='m')))
+        levels.append(pd.DataFrame(dict(turn_id=ids, context_id=[f'for {p}' for p in parents for _ in range(n)],
+                                        problem_id=problems, split='train', purpose='train', iteration=1, round=level,
+                                        seat=level, agent=ROLES[level], role=ROLES[level],
+                                        parent_ids=[[p] if level else [] for p in parents for _ in range(n)],
+                                        text=[w + letters[zlib.crc32(w.encode()) % 2**15:][:300] for w in words],
+                                        finish_reason='stop', completion_tokens=100, model_key='m')))
         parents = ids
     turns = pd.concat(levels, ignore_index=True).sample(frac=1, random_state=seed, ignore_index=True)
-    scores = pd.DataFrame(dict(turn_id=turns.turn_id, name='correct', value=(pd.util.hash_array(turns.text.to_numpy(object)) % 2).astype(float), label=None, scorer_key='gold-1'))
+    scores = pd.DataFrame(dict(turn_id=turns.turn_id, name='correct',
+                               value=(pd.util.hash_array(turns.text.to_numpy(object)) % 2).astype(float), label=None,
+                               scorer_key='gold-1'))
     return turns, pd.DataFrame(contexts, columns=['context_id', 'messages']), scores
 
 
@@ -42,7 +48,8 @@ def measure(nodes):
     from mapo.pairs import Selection, label_values, own_pairs, own_positives
     from mapo.rewards import propagate, with_scores
     turns, contexts, scores = trees(nodes)
-    every, spent, start = Selection(score='positive', by='context_id', n_positives=0, n_negatives=0, n_pairs=0), {}, time.process_time()
+    every, spent, start = Selection(score='positive', by='context_id', n_positives=0, n_negatives=0,
+                                    n_pairs=0), {}, time.process_time()
 
     def done(part):
         nonlocal start
@@ -66,10 +73,15 @@ def report(r, command):
     "The measurement as Markdown."
     rows = [f'| {part} | {seconds:.2f} s |' for part, seconds in r['spent'].items()]
     by_role = lambda counts: ', '.join(f'{n:,} ({role})' for n, role in zip(counts, ROLES))
-    return '\n'.join(['# Values and pairs of trees', '', f'`{command}`', '', f"{r['nodes']:,} nodes in trees of 3 x 3 x 3, as MALT samples them. CPU-seconds of one process.", '',
+    return '\n'.join(['# Values and pairs of trees', '', f'`{command}`', '',
+                      f"{r['nodes']:,} nodes in trees of 3 x 3 x 3, as MALT samples them. CPU-seconds of one process.",
+                      '',
                       '| part | time |', '|---|--:|', *rows, f"| **all** | **{r['total']:.2f} s** |", '',
-                      f"Limit for 100,000 nodes, {LIMIT:.0f} s: {'kept' if r['total'] < LIMIT else 'BROKEN'}. Examples: {by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
-                      f'Python {platform.python_version()}, pandas {pd.__version__}, {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end.'])
+                      f"Limit for 100,000 nodes, {LIMIT:.0f} s: {'kept' if r['total'] < LIMIT else 'BROKEN'}. "
+                      f"Examples: "
+                      f"{by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
+                      f'Python {platform.python_version()}, pandas {pd.__version__}, {os.cpu_count()} cores, '
+                      f'{platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end.'])
 
 
 def main():
@@ -78,7 +90,9 @@ def main():
     parser.add_argument('--out', type=Path, help='write the result here too, as Markdown')
     args = parser.parse_args()
     measure(2000) # imports, and pandas' first use of everything
-    result = report(measure(args.nodes), 'python benchmarks/tree.py' + f' --nodes {args.nodes}'*(args.nodes != 100_000) + ' --out benchmarks/tree.md'*bool(args.out))
+    result = report(measure(args.nodes),
+                    'python benchmarks/tree.py' + f' --nodes {args.nodes}'*(args.nodes != 100_000)
+                    + ' --out benchmarks/tree.md'*bool(args.out))
     print(result)
     if args.out: args.out.write_text(result + '\n')
 

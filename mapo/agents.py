@@ -50,7 +50,8 @@ class Model:
 
 # %% ../nbs/api/02_agents.ipynb #1f6f9e97
 CHECKPOINTS = Path(str(files('mapo')/'checkpoints')) # the models that ship with mapo
-_MODEL_FILES = ['*.safetensors', '*.safetensors.index.json', '*.json', '*.jinja', 'tokenizer.model', 'merges.txt', 'vocab.txt']
+_MODEL_FILES = ['*.safetensors', '*.safetensors.index.json', '*.json', '*.jinja', 'tokenizer.model', 'merges.txt',
+                'vocab.txt']
 
 # %% ../nbs/api/02_agents.ipynb #b3162bb1
 @lru_cache
@@ -60,7 +61,8 @@ def _hub_folder(repo, revision):
     try: return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_MODEL_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise FileNotFoundError(f"model {repo!r} is neither a local folder or .gguf file nor reachable on the hub "
-                                f"({type(e).__name__}): give a path that exists here, or a hub id with a network") from None
+                                f"({type(e).__name__}): give a path that exists here, or a hub id with a "
+                                f"network") from None
 
 # %% ../nbs/api/02_agents.ipynb #83b85be6
 def model_folder(
@@ -71,7 +73,8 @@ def model_folder(
         folder = CHECKPOINTS/model.path[5:]
         if not folder.is_dir():
             names = sorted(p.name for p in CHECKPOINTS.iterdir() if p.is_dir()) if CHECKPOINTS.is_dir() else []
-            raise FileNotFoundError(f"no model {model.path!r} ships with mapo: there are {', '.join('tiny:'+n for n in names) or 'none'}")
+            raise FileNotFoundError(f"no model {model.path!r} ships with mapo: there are "
+                                    f"{', '.join('tiny:'+n for n in names) or 'none'}")
         return folder
     path = Path(model.path).expanduser()
     if path.exists(): return path
@@ -109,7 +112,8 @@ def fingerprint(
     for part, root in (('base', folder), ('adapter', Path(model.adapter) if model.adapter else None)):
         if root is None: continue
         if not root.exists(): raise FileNotFoundError(f"model {model.name!r}: its {part} {root} does not exist")
-        paths = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file() and _KEYED.fullmatch(p.name))
+        paths = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file()
+                                                     and _KEYED.fullmatch(p.name))
         found |= {f'{part}/{p.name if root.is_dir() else p.suffix}': file_hash(p) for p in paths}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
@@ -166,7 +170,9 @@ class Role:
     def messages(self, **fields)->list[dict]: # a conversation of `role` and `content`
         "The opening messages of a conversation in this role."
         missing = self.fields - fields.keys()
-        if missing: raise ValueError(f"role {self.name!r} needs {', '.join(sorted(missing))}: it was given {', '.join(sorted(fields)) or 'nothing'}")
+        if missing:
+            raise ValueError(f"role {self.name!r} needs {', '.join(sorted(missing))}: it was given "
+                             f"{', '.join(sorted(fields)) or 'nothing'}")
         plain = lambda name: fields[name] if name in QUOTED else broken(str(fields[name]), self.marks)
         user = dict(role='user', content=self.template.format(**{name: plain(name) for name in self.fields}))
         return [dict(role='system', content=self.system), user] if self.system else [user]
@@ -200,7 +206,8 @@ class Team:
         names = [a.name for a in self.agents]
         doubled = sorted({n for n in names if names.count(n) > 1})
         if not names: raise ValueError(f'team {self.name!r} has no agents')
-        if doubled: raise ValueError(f"team {self.name!r} has two agents called {doubled[0]!r}: turns could not be told apart")
+        if doubled:
+            raise ValueError(f"team {self.name!r} has two agents called {doubled[0]!r}: turns could not be told apart")
 
     def __getitem__(self, name): return next(a for a in self.agents if a.name == name)
     def __iter__(self): return iter(self.agents)
@@ -215,7 +222,8 @@ class Team:
         return pd.DataFrame([dict(seat=i, agent=a.name, role=a.role.name, model=a.model.path, adapter=a.model.adapter,
                                   licence=a.model.licence) for i, a in enumerate(self.agents)])
 
-    def __str__(self): return f'{self.name}: ' + ', '.join(f'{a.name} ({a.role.name}, {a.model.path})' for a in self.agents)
+    def __str__(self):
+        return f'{self.name}: ' + ', '.join(f'{a.name} ({a.role.name}, {a.model.path})' for a in self.agents)
     __repr__ = __str__
 
     def _repr_html_(self):

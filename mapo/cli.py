@@ -35,7 +35,8 @@ def notebook(
     if name.endswith('.ipynb'): return _there(Path(name))
     known = ', '.join(notebooks())
     if name in notebooks(): return notebooks()[name]
-    raise ValueError(f"there is no experiment {name!r}{_meant(name, notebooks())}: there are {known}, and any notebook of yours by its path")
+    raise ValueError(f"there is no experiment {name!r}{_meant(name, notebooks())}: there are {known}, and any notebook "
+                     f"of yours by its path")
 
 def _there(path):
     if not path.is_file(): raise FileNotFoundError(f'there is no notebook {path}')
@@ -63,11 +64,14 @@ def parameters(
     path:Path, # a notebook with a cell tagged `parameters`
 )->dict[str,dict]: # by name: `type`, `default`, `help`
     "The parameters of a notebook."
-    cells = [c for c in json.loads(Path(path).read_text(encoding='utf-8'))['cells'] if 'parameters' in c['metadata'].get('tags', [])]
-    if len(cells) != 1: raise ValueError(f"{path} has {len(cells)} cells tagged 'parameters': papermill needs exactly one")
+    cells = [c for c in json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+             if 'parameters' in c['metadata'].get('tags', [])]
+    if len(cells) != 1:
+        raise ValueError(f"{path} has {len(cells)} cells tagged 'parameters': papermill needs exactly one")
     source = ''.join(cells[0]['source'])
     lines,found = source.splitlines(),[n for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)]
-    return {n.target.id: dict(type=ast.unparse(n.annotation), default=ast.literal_eval(n.value), help=lines[n.end_lineno-1][n.end_col_offset:].strip(' #')) for n in found}
+    return {n.target.id: dict(type=ast.unparse(n.annotation), default=ast.literal_eval(n.value),
+                              help=lines[n.end_lineno-1][n.end_col_offset:].strip(' #')) for n in found}
 
 # %% ../nbs/api/24_cli.ipynb #0143af5f
 _TYPES = dict(int=int, float=(int, float), str=str, bool=bool, list=(list, tuple), dict=dict)
@@ -99,8 +103,10 @@ def checked(
 def _overrides(name, given, known): # settings by name, of the types that the experiment says
     settings = settable(name)
     for key in given:
-        if settings and key not in settings: raise ValueError(f'{name} has no parameter {key!r}{_meant(key, known | settings)}')
-    if settings: return {key: _typed(name, key, value, f"{settings[key]['type']} | None") for key, value in given.items()}
+        if settings and key not in settings:
+            raise ValueError(f'{name} has no parameter {key!r}{_meant(key, known | settings)}')
+    if settings:
+        return {key: _typed(name, key, value, f"{settings[key]['type']} | None") for key, value in given.items()}
     return {key: _as_json(value) for key, value in given.items()}
 
 def _as_json(value): # of an experiment that its own notebook alone knows
@@ -111,8 +117,10 @@ def _as_json(value): # of an experiment that its own notebook alone knows
 def _typed(name, key, value, type_name):
     wanted = type_name.split('|')[0].split('[')[0].strip()
     if isinstance(value, str) and wanted != 'str':
-        with contextlib.suppress(ValueError): value = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(value, value))
-    right = isinstance(value, _TYPES[wanted]) and (wanted == 'bool' or not isinstance(value, bool)) or (value is None and 'None' in type_name)
+        with contextlib.suppress(ValueError):
+            value = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(value, value))
+    right = isinstance(value, _TYPES[wanted]) and (wanted == 'bool' or not isinstance(value, bool)) or (value is None
+                                                                                                        and 'None' in type_name)
     if not right: raise ValueError(f'{name}: {key} must be {type_name}, not {value!r}')
     return float(value) if wanted == 'float' and value is not None else value
 
@@ -141,7 +149,8 @@ def _check_seeds(name, seeds):
 _PACE = dict.fromkeys(('sample_alone', 'debate', 'sample_tree', 'tell_refiner', 'judge_pairs'), 4.) | dict(
     train=6., reward=1., measure_diversity=1.) # seconds of a token, relative to each other
 _DOING = dict(make_problems='making problems', make_harder='making problems', make_agent='training first agents',
-              sample_alone='sampling', debate='debating', sample_tree='sampling', tell_refiner='sampling', judge_pairs='judging',
+              sample_alone='sampling', debate='debating', sample_tree='sampling', tell_refiner='sampling',
+              judge_pairs='judging',
               train='training', reward='scoring', measure_diversity='measuring', grade='grading', majority='voting',
               value_turns='crediting', flip_labels='grading')
 
@@ -247,7 +256,8 @@ class Board:
     def _bar(self, i, progress):
         name,total = progress.name.ljust(self.width),len(progress.steps) or None
         form = _BAR if total else '{desc}{postfix}'
-        return tqdm(desc=name, total=total, bar_format=form, position=i, leave=False, file=self.file, dynamic_ncols=True)
+        return tqdm(desc=name, total=total, bar_format=form, position=i, leave=False, file=self.file,
+                    dynamic_ncols=True)
 
     def line(self, name:str, text:str):
         "A line that stays."
@@ -467,7 +477,8 @@ def _filled(text): # for the width of the terminal
 def _given(args): # the parameters of a command line
     for p in args.parameter:
         if '=' not in p: raise ValueError(f'-p takes name=value, not {p!r}')
-    named = {name: getattr(args, name) for name in ('preset', 'arms', 'split', 'seeds') if getattr(args, name) is not None}
+    named = {name: getattr(args, name) for name in ('preset', 'arms', 'split', 'seeds')
+             if getattr(args, name) is not None}
     return dict(p.partition('=')[::2] for p in args.parameter) | named
 
 # %% ../nbs/api/24_cli.ipynb #19c1a03c
@@ -486,8 +497,10 @@ def _run(args):
 # %% ../nbs/api/24_cli.ipynb #abfdd32a
 def _plan(args):
     from mapo.plan import PAPERS, plan_paper
-    if notebook(args.experiment).stem not in PAPERS: raise ValueError(f"{args.experiment} cannot be planned: {', '.join(PAPERS)} can")
-    if len(args.machine) > 1: raise ValueError(f"--machine names one machine, not {' and '.join(args.machine)}: plan each by itself")
+    if notebook(args.experiment).stem not in PAPERS:
+        raise ValueError(f"{args.experiment} cannot be planned: {', '.join(PAPERS)} can")
+    if len(args.machine) > 1:
+        raise ValueError(f"--machine names one machine, not {' and '.join(args.machine)}: plan each by itself")
     values = checked(args.experiment, _given(args))
     asked = {k: values[k] for k in ('preset', 'arms', 'seeds', 'split')} | values['overrides']
     print(plan_paper(args.experiment, on=args.machine[0] if args.machine else None, answer_tokens=args.answer_tokens,
@@ -505,13 +518,16 @@ def _runs(args):
 
 # %% ../nbs/api/24_cli.ipynb #f7e606e8
 def _checkout():
-    if repository() is None: raise ValueError('this mapo was installed from a wheel: figures are published in a checkout')
+    if repository() is None:
+        raise ValueError('this mapo was installed from a wheel: figures are published in a checkout')
     return repository()
 
 # %% ../nbs/api/24_cli.ipynb #07f7d57a
 def _publish(args):
     source = runs_root()/args.run/'record'
-    if not (source/'manifest.json').exists(): raise ValueError(f"there is no finished run {args.run!r}{_meant(args.run, runs().id)} in {runs_root()}: `mapo runs` lists them")
+    if not (source/'manifest.json').exists():
+        raise ValueError(f"there is no finished run {args.run!r}{_meant(args.run, runs().id)} in {runs_root()}: `mapo "
+                         f"runs` lists them")
     target = _checkout()/'figures'/'record'/(args.name or args.run.rsplit('-', 1)[0])
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
@@ -523,7 +539,8 @@ def _figures(args):
     for record in sorted(p.parent for p in (_checkout()/'figures'/'record').glob('*/manifest.json')):
         redraw(record, _checkout()/'figures'/record.name)
         if record.name in notebooks(): draw_notebook(record.name)
-        print(f"figures/{record.name}{f' and nbs/papers/{record.name}.ipynb' if record.name in notebooks() else ''}: drawn from figures/record/{record.name}")
+        print(f"figures/{record.name}{f' and nbs/papers/{record.name}.ipynb' if record.name in notebooks() else ''}: "
+              f"drawn from figures/record/{record.name}")
 
 # %% ../nbs/api/24_cli.ipynb #5235c9dc
 def draw_notebook(
@@ -535,7 +552,8 @@ def draw_notebook(
     from execnb.nbio import dict2nb, write_nb
     path = notebook(name)
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        papermill.execute_notebook(str(path), f'{folder}/drawn.ipynb', parameters=dict(record=f'../../figures/record/{name}'), kernel_name='python3',
+        papermill.execute_notebook(str(path), f'{folder}/drawn.ipynb',
+                                   parameters=dict(record=f'../../figures/record/{name}'), kernel_name='python3',
                                    cwd=str(path.parent), progress_bar=False, log_output=False)
         drawn = nbformat.read(f'{folder}/drawn.ipynb', as_version=4)
     drawn.cells = [_plain(c) for c in drawn.cells if 'injected-parameters' not in c.metadata.get('tags', [])]
@@ -569,7 +587,8 @@ def described(
     lines = [_parameter(key, about) for key, about in parameters(path).items()]
     further = [_parameter(key, about | dict(default=None)) for key, about in settable(name).items()]
     head = 'Settings, which may be given like parameters; a preset has a value for each.'
-    return '\n'.join([f'{name}: {subtitle(path)}', 'Parameters for -p, with their defaults.', *lines, *([head] if further else []), *further])
+    return '\n'.join([f'{name}: {subtitle(path)}', 'Parameters for -p, with their defaults.', *lines,
+                      *([head] if further else []), *further])
 
 def _parameter(key, about): # a line
     title = f"{key} ({about['type'].removesuffix(' | None')})"
@@ -595,12 +614,14 @@ class _Help(argparse.Action): # of the command; after an experiment's name, of i
 # %% ../nbs/api/24_cli.ipynb #19c1a03f
 def _experiment(command, do, several): # what `run` and `plan` are told
     command.add_argument('-h', '--help', action=_Help, nargs=0, help="this; after a name, its parameters too")
-    command.add_argument('experiment', **dict(nargs='+') if several else {}, help='one of: '+', '.join(notebooks())+', or the path of a notebook of yours')
+    command.add_argument('experiment', **dict(nargs='+') if several else {},
+                         help='one of: '+', '.join(notebooks())+', or the path of a notebook of yours')
     command.add_argument('--preset', help='the size: smoke, tiny, small, paper or a variant of it')
     command.add_argument('--arms', help="'core', 'all', or names joined by commas")
     command.add_argument('--split', help="'dev' while settings are chosen, 'test' once they are frozen")
     command.add_argument('--seeds', nargs='+', type=int, help='e.g. 0 1 2')
-    command.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE', help='any parameter of the notebook')
+    command.add_argument('-p', '--parameter', action='append', default=[], metavar='NAME=VALUE',
+                         help='any parameter of the notebook')
     command.set_defaults(do=do)
 
 # %% ../nbs/api/24_cli.ipynb #580c8818
@@ -609,20 +630,30 @@ def _parser():
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('run', add_help=False, help='run experiments',
                               description='Run experiments, several side by side; what is finished is not done again.')
-    plan = commands.add_parser('plan', add_help=False, help='what an experiment would take', description='Print what an experiment (mars_po, multiagent_ft or malt) would sample, train and hold in memory, and start nothing.')
+    plan = commands.add_parser('plan', add_help=False, help='what an experiment would take',
+                               description='Print what an experiment (mars_po, multiagent_ft or malt) would sample, '
+                                           'train and hold in memory, and start nothing.')
     _experiment(run, _run, several=True)
     _experiment(plan, _plan, several=False)
-    plan.add_argument('--machine', action='append', default=[], metavar='8xH100-80', help="also GPUs, memory, time and disk of every stage there; refuses what cannot fit; 'here' measures this machine's processor")
-    plan.add_argument('--answer-tokens', type=int, default=0, metavar='N', help='tokens of an answer on average; without it every answer takes all it may')
-    plan.add_argument('--prompt-tokens', type=int, default=0, metavar='N', help='tokens of a question with its template; without it 256 (benchmarks), 96 (arithmetic in words) or 32 (tiny)')
-    run.add_argument('--fresh', nargs='+', default=[], metavar='STAGE', help='stages to make again although they are finished')
+    plan.add_argument('--machine', action='append', default=[], metavar='8xH100-80',
+                      help="also GPUs, memory, time and disk of every stage there; refuses what cannot fit; 'here' "
+                           "measures this machine's processor")
+    plan.add_argument('--answer-tokens', type=int, default=0, metavar='N',
+                      help='tokens of an answer on average; without it every answer takes all it may')
+    plan.add_argument('--prompt-tokens', type=int, default=0, metavar='N',
+                      help='tokens of a question with its template; without it 256 (benchmarks), 96 (arithmetic in '
+                           'words) or 32 (tiny)')
+    run.add_argument('--fresh', nargs='+', default=[], metavar='STAGE',
+                     help='stages to make again although they are finished')
     run.add_argument('--processes', type=int, default=0, metavar='N',
                      help='experiments at once; without it one per processor where all models are small, else one')
-    publish = commands.add_parser('publish', help='make a run the published one: its record, figures, tables and notebook')
+    publish = commands.add_parser('publish', help='make a run the published one: its record, figures, tables and '
+                                                  'notebook')
     publish.add_argument('run', help='id of the run, as `mapo runs` lists it')
     publish.add_argument('--name', help="of the record; the experiment's where none is given")
     publish.set_defaults(do=_publish)
-    commands.add_parser('figures', help='draw figures, tables and notebooks again from the published records').set_defaults(do=_figures)
+    commands.add_parser('figures', help='draw figures, tables and notebooks again from the published '
+                                        'records').set_defaults(do=_figures)
     commands.add_parser('runs', help='list the runs there are, with what became of them').set_defaults(do=_runs)
     return parser
 
@@ -636,7 +667,8 @@ def sentence(
     name,value = getattr(error, 'ename', type(error).__name__),getattr(error, 'evalue', str(error))
     said = re.sub(r'^\[Errno \d+\] ', '', ' '.join(str(value).split()))
     if name == 'DeadKernelError': return _KILLED
-    return said if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError', 'StaleCode') else f'{name}: {said}'
+    return said if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError',
+                            'StaleCode') else f'{name}: {said}'
 
 # %% ../nbs/api/24_cli.ipynb #fbad5340
 def main(argv=None):

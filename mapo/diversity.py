@@ -24,20 +24,27 @@ DIVERSITY_COLUMNS = ['measure', 'problem_id', 'round', 'turn_id', 'agent', 'othe
 
 # %% ../nbs/api/11_diversity.ipynb #8b70a94a
 def _rows(measure, where, value, turn_id='', agent='', other=''):
-    said = {name: column.to_numpy() if isinstance(column, pd.Series) else column for name, column in dict(turn_id=turn_id, agent=agent, other=other, value=value).items()}
-    return pd.DataFrame(dict(measure=measure, problem_id=where['problem_id'].to_numpy(), round=where['round'].to_numpy(), **said))[DIVERSITY_COLUMNS]
+    said = {name: column.to_numpy() if isinstance(column, pd.Series) else column for name,
+            column in dict(turn_id=turn_id, agent=agent, other=other, value=value).items()}
+    return pd.DataFrame(dict(measure=measure, problem_id=where['problem_id'].to_numpy(),
+                             round=where['round'].to_numpy(), **said))[DIVERSITY_COLUMNS]
 
 # %% ../nbs/api/11_diversity.ipynb #32f330ca
 def check_seats(
     turns:pd.DataFrame, # with `problem_id`, `round`, `seat`
 ):
     "Refuse turns among which there is nothing to compare."
-    if turns['seat'].nunique() < 2: raise ValueError(f"diversity is between two seats or more: these turns come from {turns['seat'].nunique()}")
+    if turns['seat'].nunique() < 2:
+        raise ValueError(f"diversity is between two seats or more: these turns come from {turns['seat'].nunique()}")
     seats = turns.groupby(['problem_id', 'round'], sort=False)['seat'].nunique()
     alone = seats.index[seats < 2]
-    if len(alone) == len(seats): raise ValueError('no problem was answered by two seats in the same round: give the answers of all seats to the same problems')
-    if len(alone): raise ValueError(f'in {len(alone)} of {len(seats)} cases one seat alone answers a problem in a round, first problem {alone[0][0]!r} in round {alone[0][1]}: '
-                                    'leave these out, or add what the other seats said')
+    if len(alone) == len(seats):
+        raise ValueError('no problem was answered by two seats in the same round: give the answers of all seats to the '
+                         'same problems')
+    if len(alone):
+        raise ValueError(f'in {len(alone)} of {len(seats)} cases one seat alone answers a problem in a round, first '
+                         f'problem {alone[0][0]!r} in round {alone[0][1]}: '
+                         'leave these out, or add what the other seats said')
 
 # %% ../nbs/api/11_diversity.ipynb #07ab0b6c
 def consensus(
@@ -61,14 +68,17 @@ def over_problems(
     "The mean of each measure over problems, with an interval whose unit is the problem."
     absent = [c for c in ('measure', 'problem_id', 'value', *by) if c not in values]
     if absent: raise ValueError(f'the values have no column {absent[0]!r}: there are {", ".join(values.columns)}')
-    return pd.DataFrame([_mean_row(dict(zip(('measure', *by), key)), group) for key, group in values.groupby(['measure', *by], sort=False)])
+    return pd.DataFrame([_mean_row(dict(zip(('measure', *by), key)), group) for key,
+                         group in values.groupby(['measure', *by], sort=False)])
 
 # %% ../nbs/api/11_diversity.ipynb #dc31f7fc
 def _mean_row(key, group):
     each = group.groupby('problem_id')['value'].mean().dropna().to_numpy()
-    if len(each) < 2: raise ValueError(f"{', '.join(f'{k} {v!r}' for k, v in key.items())}: {len(each)} of {group['problem_id'].nunique()} problems have a value, an interval needs two or more")
+    if len(each) < 2:
+        raise ValueError(f"{', '.join(f'{k} {v!r}' for k, v in key.items())}: {len(each)} of {group['problem_id'].nunique()} problems have a value, an interval needs two or more")
     mean,se,low,high = map(float, cluster_interval(each[None]) if key['measure'] in _SHARES else mean_interval(each))
-    return dict(**key, mean=mean, low=low, high=high, se=se, problems=len(each), left_out=int(group['value'].isna().sum()))
+    return dict(**key, mean=mean, low=low, high=high, se=se, problems=len(each),
+                left_out=int(group['value'].isna().sum()))
 
 # %% ../nbs/api/11_diversity.ipynb #07134ee5
 def unit_vectors(
@@ -78,16 +88,22 @@ def unit_vectors(
     "The vectors of texts, of length 1."
     codes,distinct = pd.factorize(texts)
     vectors = np.asarray(encode(list(distinct)), dtype=float)
-    if vectors.ndim != 2 or len(vectors) != len(distinct): raise ValueError(f'the encoder gave an array of shape {vectors.shape} for {len(distinct)} texts: it must give a vector for each')
+    if vectors.ndim != 2 or len(vectors) != len(distinct):
+        raise ValueError(f'the encoder gave an array of shape {vectors.shape} for {len(distinct)} texts: it must give '
+                         f'a '
+                         f'vector for each')
     lengths = np.linalg.norm(vectors, axis=1)
     odd = np.flatnonzero(~(abs(lengths - 1) < 1e-3))
-    if len(odd): raise ValueError(f'the encoder gave a vector of length {lengths[odd[0]]:.3g} for {distinct[odd[0]][:40]!r}: cosine distance needs unit vectors')
+    if len(odd):
+        raise ValueError(f'the encoder gave a vector of length {lengths[odd[0]]:.3g} for {distinct[odd[0]][:40]!r}: '
+                         f'cosine distance needs unit vectors')
     return (vectors/lengths[:, None])[codes]
 
 # %% ../nbs/api/11_diversity.ipynb #17eece7f
 def _check_spoken(turns):
     silent = turns['turn_id'][turns['text'].fillna('').str.strip() == '']
-    if len(silent): raise ValueError(f'{len(silent)} of {len(turns)} responses are empty, first {silent.iloc[0]!r}: leave them out, there is nothing in them to compare')
+    if len(silent):
+        raise ValueError(f'{len(silent)} of {len(turns)} responses are empty, first {silent.iloc[0]!r}: leave them out, there is nothing in them to compare')
 
 # %% ../nbs/api/11_diversity.ipynb #bf3a673e
 def embedding_dissimilarity(
@@ -100,13 +116,18 @@ def embedding_dissimilarity(
     turns,place = turns[answering(turns)],['problem_id', 'round']
     check_seats(turns)
     used = turns if problems is None else turns[agrees(turns, vote(turns, problems), problems)['value'].to_numpy() == 1]
-    if used.empty: raise ValueError('no response has the majority answer, because there is none: compare all responses with problems=None')
+    if used.empty:
+        raise ValueError('no response has the majority answer, because there is none: compare all responses with '
+                         'problems=None')
     _check_spoken(used)
-    means = pd.DataFrame(unit_vectors(used['text'], encode)).groupby([used[c].to_numpy() for c in (*place, 'seat')]).mean()
+    means = pd.DataFrame(unit_vectors(used['text'],
+                                      encode)).groupby([used[c].to_numpy() for c in (*place, 'seat')]).mean()
     seats = turns[[*place, 'seat', 'agent']].drop_duplicates([*place, 'seat'])
     pairs = seats.merge(seats, on=place, suffixes=('', '_other')).query('seat < seat_other')
-    one,other = (means.reindex(pd.MultiIndex.from_frame(pairs[[*place, seat]])).to_numpy() for seat in ('seat', 'seat_other'))
-    return _rows('dissimilarity', pairs, (1 - (one*other).sum(1)).clip(min=0), agent=pairs['agent'], other=pairs['agent_other'])
+    one,other = (means.reindex(pd.MultiIndex.from_frame(pairs[[*place, seat]])).to_numpy()
+                 for seat in ('seat', 'seat_other'))
+    return _rows('dissimilarity', pairs, (1 - (one*other).sum(1)).clip(min=0), agent=pairs['agent'],
+                 other=pairs['agent_other'])
 
 # %% ../nbs/api/11_diversity.ipynb #dc8397e3
 def sentence_encoder(
@@ -126,15 +147,19 @@ def sentence_encoder(
 
 # %% ../nbs/api/11_diversity.ipynb #503d7a6c
 def _check_encoder(folder):
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f'there is no encoder in {str(folder)!r}: it needs config.json, *.safetensors and a tokenizer')
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f'there is no encoder in {str(folder)!r}: it needs config.json, *.safetensors and a '
+                                f'tokenizer')
     pooling = folder/'1_Pooling'/'config.json'
     if pooling.exists() and '"pooling_mode_mean_tokens": true' not in pooling.read_text(): raise ValueError(
-        f'the encoder in {str(folder)!r} was not made for mean pooling (1_Pooling/config.json): take one that was, or pass your own function as `encode`')
+        f'the encoder in {str(folder)!r} was not made for mean pooling (1_Pooling/config.json): take one that was, or '
+        f'pass your own function as `encode`')
 
 # %% ../nbs/api/11_diversity.ipynb #2a86eb4c
 def _encoder_ids(tokenizer, texts, max_tokens):
     long = sum(len(ids) > max_tokens for ids in tokenizer(texts, verbose=False)['input_ids'])
-    if long: warnings.warn(f'{long} of {len(texts)} texts are longer than {max_tokens} tokens: only their beginning is encoded', stacklevel=3)
+    if long:
+        warnings.warn(f'{long} of {len(texts)} texts are longer than {max_tokens} tokens: only their beginning is encoded', stacklevel=3)
     return tokenizer(texts, truncation=True, max_length=max_tokens)['input_ids']
 
 # %% ../nbs/api/11_diversity.ipynb #a9372a8e
@@ -178,8 +203,10 @@ def response_tokens(
     check_template(tokenizer)
     told = contexts.drop_duplicates('context_id').set_index('context_id')['messages']
     lost = turns[~turns['context_id'].isin(told.index)]
-    if len(lost): raise ValueError(f"{len(lost)} of {len(turns)} turns answer a context that is not in the table, first {lost['turn_id'].iloc[0]!r}: pass the contexts they were sampled with")
-    examples = pd.DataFrame(dict(prompt=[list(told[c]) for c in turns['context_id']], completion=[[dict(role='assistant', content=t)] for t in turns['text']]))
+    if len(lost):
+        raise ValueError(f"{len(lost)} of {len(turns)} turns answer a context that is not in the table, first {lost['turn_id'].iloc[0]!r}: pass the contexts they were sampled with")
+    examples = pd.DataFrame(dict(prompt=[list(told[c]) for c in turns['context_id']],
+                                 completion=[[dict(role='assistant', content=t)] for t in turns['text']]))
     tokens,_ = example_tokens(tokenizer, examples, window)
     cut = (turns['finish_reason'] == 'length').to_numpy()[tokens.index]
     return tokens.assign(completion_ids=[ids[:-1] if c else ids for ids, c in zip(tokens['completion_ids'], cut)])
@@ -190,7 +217,8 @@ def _window(net): return getattr(net.config.get_text_config(), 'max_position_emb
 # %% ../nbs/api/11_diversity.ipynb #61ea759f
 def _spread(values, tokens, turns, who): # a value for each turn, NaN for those that were too long
     odd = tokens.index[~np.isfinite(values)]
-    if len(odd): raise ValueError(f"{who} gives no finite number for {len(odd)} of {len(tokens)} responses, first {turns['turn_id'].iloc[odd[0]]!r}: look at its weights and its number format")
+    if len(odd):
+        raise ValueError(f"{who} gives no finite number for {len(odd)} of {len(tokens)} responses, first {turns['turn_id'].iloc[odd[0]]!r}: look at its weights and its number format")
     return pd.Series(values, tokens.index).reindex(range(len(turns))).to_numpy()
 
 # %% ../nbs/api/11_diversity.ipynb #0dad6c2b
@@ -219,9 +247,13 @@ def nll_among(
 )->pd.DataFrame: # a row per turn and agent that did not write it
     "Every agent's responses under each of the other agents, held out in turn."
     speakers = set(turns['agent'])
-    if strangers := speakers - set(models): raise ValueError(f"{sorted(strangers)[0]!r} speaks in these turns, but is not among the models: {', '.join(map(repr, models)) or 'none'}")
-    if unheard := [name for name in models if not speakers - {name}]: raise ValueError(f'nobody but {unheard[0]!r} speaks in these turns: likelihood under another agent needs two speakers or more')
-    return pd.concat([nll_under(model, turns[turns['agent'] != name], contexts, token_budget).assign(other=name) for name, model in models.items()], ignore_index=True)
+    if strangers := speakers - set(models):
+        raise ValueError(f"{sorted(strangers)[0]!r} speaks in these turns, but is not among the models: {', '.join(map(repr, models)) or 'none'}")
+    if unheard := [name for name in models if not speakers - {name}]:
+        raise ValueError(f'nobody but {unheard[0]!r} speaks in these turns: likelihood under another agent needs two '
+                         f'speakers or more')
+    return pd.concat([nll_under(model, turns[turns['agent'] != name], contexts, token_budget).assign(other=name)
+                      for name, model in models.items()], ignore_index=True)
 
 # %% ../nbs/api/11_diversity.ipynb #a4d0e4d0
 def token_kl(
@@ -243,12 +275,15 @@ def _next_log_probabilities(net, rows): # (tokens of the responses, vocabulary)
 # %% ../nbs/api/11_diversity.ipynb #43388709
 def _shared_tokens(names, nets, tokenizers, turns, contexts):
     one,other = (t.get_vocab() for t in tokenizers)
-    if one != other: raise ValueError(f'{names[0]!r} and {names[1]!r} have different vocabularies ({len(one)} and {len(other)} tokens, {len(one.items() & other.items())} in common): '
-                                      'KL compares the probabilities of the same tokens')
+    if one != other:
+        raise ValueError(f'{names[0]!r} and {names[1]!r} have different vocabularies ({len(one)} and {len(other)} tokens, {len(one.items() & other.items())} in common): '
+                         'KL compares the probabilities of the same tokens')
     widths = [net.config.get_text_config().vocab_size for net in nets]
-    if widths[0] != widths[1]: raise ValueError(f'{names[0]!r} and {names[1]!r} give {widths[0]} and {widths[1]} probabilities for the same vocabulary: KL needs as many of both')
+    if widths[0] != widths[1]:
+        raise ValueError(f'{names[0]!r} and {names[1]!r} give {widths[0]} and {widths[1]} probabilities for the same vocabulary: KL needs as many of both')
     first,second = (response_tokens(t, turns, contexts, min(map(_window, nets))) for t in tokenizers)
-    if not first.equals(second): raise ValueError(f'{names[0]!r} and {names[1]!r} write the same conversations in different tokens: KL needs the same tokenizer and chat template')
+    if not first.equals(second):
+        raise ValueError(f'{names[0]!r} and {names[1]!r} write the same conversations in different tokens: KL needs the same tokenizer and chat template')
     return first
 
 # %% ../nbs/api/11_diversity.ipynb #098f9563
@@ -259,10 +294,12 @@ def _pair_kl(names, models, turns, contexts, token_budget): # (2, turns): KL of 
     tokens = _shared_tokens(names, nets, tokenizers, turns, contexts)
     values,lengths = np.empty((2, len(tokens))),tokens['prompt_ids'].map(len) + tokens['completion_ids'].map(len)
     with torch.inference_mode():
-        for batch in tqdm(plan_batches(lengths.tolist(), 0, token_budget), desc=' and '.join(names), delay=2, leave=False):
+        for batch in tqdm(plan_batches(lengths.tolist(), 0, token_budget), desc=' and '.join(names), delay=2,
+                          leave=False):
             p,q = (_next_log_probabilities(net, tokens.iloc[batch]) for net in nets)
             sizes = tokens['completion_ids'].iloc[batch].map(len).tolist()
-            values[:, batch] = [[part.mean().item() for part in kl.split(sizes)] for kl in (token_kl(p, q), token_kl(q, p))]
+            values[:, batch] = [[part.mean().item() for part in kl.split(sizes)] for kl in (token_kl(p, q),
+                                                                                            token_kl(q, p))]
     return [_spread(v, tokens, turns, f'the pair {names[0]!r}, {names[1]!r}') for v in values]
 
 # %% ../nbs/api/11_diversity.ipynb #04f8e8ce
@@ -273,7 +310,8 @@ def kl_between(
     token_budget:int=4096, # tokens of one forward pass, each with a number per word of the vocabulary
 )->pd.DataFrame: # rows per turn: `kl` of `agent` to `other` for every ordered pair, and `jeffreys` for every pair; nats per token
     "KL and Jeffreys divergence of next-token distributions along given responses."
-    if len(models) < 2: raise ValueError(f"KL is between two models or more: there is {', '.join(map(repr, models)) or 'none'}")
+    if len(models) < 2:
+        raise ValueError(f"KL is between two models or more: there is {', '.join(map(repr, models)) or 'none'}")
     _check_responses(turns)
     parts = []
     for a, b in combinations(models, 2):

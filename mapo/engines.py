@@ -26,7 +26,8 @@ import transformers
 from jinja2.exceptions import TemplateError
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, LogitsProcessor,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig, LogitsProcessor,
                           LogitsProcessorList, StoppingCriteria, StoppingCriteriaList)
 
 from .agents import (BREAK, MARKS, THINK, Agent, Model, Sampling, any_of, broken, file_hash, fingerprint,
@@ -84,8 +85,10 @@ def check_window(
 )->None:
     "Refuse contexts that leave no room for an answer."
     long = [n for n in lengths if n+max_tokens > window]
-    if long: raise ValueError(f"model {name!r} has a window of {window:,} tokens: a context of {max(long):,} leaves no room for max_tokens={max_tokens} "
-                              f"({len(long)} of {len(lengths)} contexts): shorten the contexts or lower max_tokens")
+    if long:
+        raise ValueError(f"model {name!r} has a window of {window:,} tokens: a context of {max(long):,} leaves no room "
+                         f"for max_tokens={max_tokens} "
+                         f"({len(long)} of {len(lengths)} contexts): shorten the contexts or lower max_tokens")
 
 # %% ../nbs/api/03_engines.ipynb #e18abdee
 THOUGHTS = ( # how a thought begins and ends, as regular expressions; what ends one that the template began
@@ -130,7 +133,8 @@ class ScriptedEngine:
         "The script's answers."
         lengths = self.prompt_lengths([r.messages for r in requests])
         check_window(self.model_key, self.window, lengths, sampling.max_tokens)
-        return [[self._answer(r, length, r.seed+i, sampling) for i in range(r.n)] for r, length in zip(requests, lengths)]
+        return [[self._answer(r, length, r.seed+i, sampling) for i in range(r.n)] for r,
+                length in zip(requests, lengths)]
 
     def prompt_lengths(self, conversations):
         "Words of each conversation."
@@ -174,10 +178,17 @@ def load_tokenizer(
     "The tokenizer of `model`, ready for batched generation."
     folder = local_folder(model)
     if not any((folder/n).exists() for n in ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')):
-        raise ValueError(f"model {model.name!r}: {folder} has no tokenizer (tokenizer.json): save the tokenizer beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left', local_files_only=True, trust_remote_code=False)
-    if not tokenizer.chat_template: raise ValueError(f"model {model.name!r}: {folder} has no chat template (chat_template.jinja): an agent needs one to be asked anything")
-    if tokenizer.eos_token_id is None: raise ValueError(f"model {model.name!r}: its tokenizer names no end token (eos_token), so no answer would ever end")
+        raise ValueError(f"model {model.name!r}: {folder} has no tokenizer (tokenizer.json): save the tokenizer beside "
+                         f"the weights")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left', local_files_only=True,
+                                              trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {model.name!r}: {folder} has no chat template (chat_template.jinja): an agent needs "
+                         f"one "
+                         f"to be asked anything")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {model.name!r}: its tokenizer names no end token (eos_token), so no answer would ever "
+                         f"end")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -195,13 +206,18 @@ def load_model(
 # %% ../nbs/api/03_engines.ipynb #0f097972
 def _weights(kind, model, **settings):
     folder = local_folder(model)
-    if not any(folder.glob('*.safetensors')): raise ValueError(f"model {model.name!r}: {folder} has no *.safetensors weights (pickled weights are not read)")
-    try: return kind.from_pretrained(folder, dtype=getattr(torch, model.dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True, **settings)
-    except Exception as e: raise ValueError(f"model {model.name!r}: its weights in {folder} cannot be read: {_first_line(e)}") from None
+    if not any(folder.glob('*.safetensors')):
+        raise ValueError(f"model {model.name!r}: {folder} has no *.safetensors weights (pickled weights are not read)")
+    try:
+        return kind.from_pretrained(folder, dtype=getattr(torch, model.dtype), local_files_only=True,
+                                    trust_remote_code=False, use_safetensors=True, **settings)
+    except Exception as e:
+        raise ValueError(f"model {model.name!r}: its weights in {folder} cannot be read: {_first_line(e)}") from None
 
 # %% ../nbs/api/03_engines.ipynb #799bb8ff
 def _first_line(e): # that says something
-    return next((line.strip() for line in str(e).splitlines() if line.strip() and not line.rstrip().endswith(':')), type(e).__name__)
+    return next((line.strip() for line in str(e).splitlines() if line.strip() and not line.rstrip().endswith(':')),
+                type(e).__name__)
 
 # %% ../nbs/api/03_engines.ipynb #566b6418
 def _with_adapter(net, model, trainable=False, name='default'):
@@ -212,16 +228,21 @@ def _with_adapter(net, model, trainable=False, name='default'):
         if isinstance(net, PeftModel): net.load_adapter(model.adapter, name, **settings)
         else: net = PeftModel.from_pretrained(net, model.adapter, name, **settings)
         _check_placed(net, name, matrices)
-    except Exception as e: raise ValueError(f"model {model.name!r}: adapter {model.adapter} does not fit {model.path}: {_first_line(e)}") from None
+    except Exception as e:
+        raise ValueError(f"model {model.name!r}: adapter {model.adapter} does not fit {model.path}: "
+                         f"{_first_line(e)}") from None
     return net
 
 # %% ../nbs/api/03_engines.ipynb #353aaa4b
 def _matrices(model): # names of what the adapter's file holds
     file = Path(model.adapter)/'adapter_model.safetensors'
-    if not file.exists(): raise ValueError(f'model {model.name!r}: adapter {model.adapter} has no adapter_model.safetensors (pickled weights are not read)')
+    if not file.exists():
+        raise ValueError(f'model {model.name!r}: adapter {model.adapter} has no adapter_model.safetensors (pickled '
+                         f'weights are not read)')
     try:
         with safe_open(file, 'pt') as f: return set(f.keys())
-    except Exception as e: raise ValueError(f'model {model.name!r}: adapter {model.adapter} cannot be read: {_first_line(e)}') from None
+    except Exception as e:
+        raise ValueError(f'model {model.name!r}: adapter {model.adapter} cannot be read: {_first_line(e)}') from None
 
 # %% ../nbs/api/03_engines.ipynb #f64c7fe4
 def check_base(
@@ -239,8 +260,11 @@ def _check_placed(net, name, matrices):
     from peft import get_peft_model_state_dict
     lora = lambda names: {n for n in names if '.lora_' in n}
     placed = lora(get_peft_model_state_dict(net, adapter_name=name, save_embedding_layers=False))
-    if lost := sorted(lora(matrices)-placed): raise ValueError(f'{len(lost)} of its {len(lora(matrices))} matrices have no place there, first {lost[0]}')
-    if empty := sorted(placed-matrices): raise ValueError(f'it lacks {len(empty)} of the {len(placed)} matrices that its settings call for, first {empty[0]}')
+    if lost := sorted(lora(matrices)-placed):
+        raise ValueError(f'{len(lost)} of its {len(lora(matrices))} matrices have no place there, first {lost[0]}')
+    if empty := sorted(placed-matrices):
+        raise ValueError(f'it lacks {len(empty)} of the {len(placed)} matrices that its settings call for, first '
+                         f'{empty[0]}')
 
 # %% ../nbs/api/03_engines.ipynb #c6cd34a3
 def save_model(
@@ -277,7 +301,9 @@ def _expanded(gguf, name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except Exception as e: raise ValueError(f"model {name!r}: {gguf} is not a whole GGUF file of a causal language model: {_first_line(e)}") from None
+    except Exception as e:
+        raise ValueError(f"model {name!r}: {gguf} is not a whole GGUF file of a causal language model: "
+                         f"{_first_line(e)}") from None
     clean = AutoModelForCausalLM.from_config(_without_quantization(loaded.config))
     clean.load_state_dict(loaded.state_dict())
     save_model(clean, tokenizer, partial)
@@ -515,7 +541,8 @@ def _begin_faults(chat, context):
 def _generation_settings(model):
     folder = local_folder(model)
     if (folder/'generation_config.json').exists(): return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True,
+                                                                         trust_remote_code=False))
 
 # %% ../nbs/api/03_engines.ipynb #4c798806
 def load_chat(
@@ -683,10 +710,12 @@ class ChatEngine:
 
     @contextmanager
     def _bar(self, answers): # a function that moves it by so many answers and tokens
-        with tqdm(total=answers, unit='answer', desc=self.model.name, delay=2, disable=not self.progress, leave=False) as bar:
+        with tqdm(total=answers, unit='answer', desc=self.model.name, delay=2, disable=not self.progress,
+                  leave=False) as bar:
             def advance(answers, tokens):
                 advance.tokens += tokens
-                bar.set_postfix_str(f"{advance.tokens/max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{advance.tokens/max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s",
+                                    refresh=False)
                 bar.update(answers)
             advance.tokens = 0
             yield advance
@@ -750,7 +779,8 @@ class TransformersEngine(ChatEngine):
     def _adapt(self, model): # after a failure peft leaves half an adapter behind, so the weights are given up
         name = fingerprint(model)
         try:
-            if model.adapter and name not in getattr(self._net, 'peft_config', {}): self._net = _with_adapter(self._net, model, name=name)
+            if model.adapter and name not in getattr(self._net, 'peft_config', {}):
+                self._net = _with_adapter(self._net, model, name=name)
         except ValueError:
             self.close()
             raise
@@ -785,7 +815,8 @@ class TransformersEngine(ChatEngine):
         return penalty, draw, [StopTexts(self._chat, sampling.stop, width)] if sampling.stop else []
 
     def _generation_config(self, sampling):
-        return GenerationConfig(do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=self._end_tokens, pad_token_id=self._tokenizer.pad_token_id)
+        return GenerationConfig(do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=self._end_tokens,
+                                pad_token_id=self._tokenizer.pad_token_id)
 
     def _cut(self, out, stopped=None): # behind the end token, or where a text stopped the answer
         ended = torch.isin(out, torch.tensor(self._end_tokens))
@@ -827,13 +858,20 @@ def load_reward_model(
 )->tuple[transformers.PreTrainedModel,transformers.PreTrainedTokenizerBase]: # in evaluation mode
     "The weights of a reward model, and its tokenizer."
     net,tokenizer,missing = _classifier(model)
-    if missing: raise ValueError(f"model {model.name!r} is no reward model: {model.path} has no weights {', '.join(missing)}, which would be drawn at random: train one with mapo.training.train and the objective Reward")
-    if net.config.num_labels != 1: raise ValueError(f"model {model.name!r} gives {net.config.num_labels} numbers per answer, a reward model gives 1")
+    if missing:
+        raise ValueError(f"model {model.name!r} is no reward model: {model.path} has no weights {', '.join(missing)}, "
+                         f"which would be drawn at random: train one with mapo.training.train and the objective Reward")
+    if net.config.num_labels != 1:
+        raise ValueError(f"model {model.name!r} gives {net.config.num_labels} numbers per answer, a reward model gives "
+                         f"1")
     return net.to(device_for(device)).eval(), tokenizer
 
 # %% ../nbs/api/03_engines.ipynb #dafea01e
 def _classifier(model, **settings): # with the names of the weights it lacks
-    if model.adapter: raise ValueError(f'model {model.name!r} has a LoRA adapter: a reward model is read whole, merge the adapter into its weights first')
+    if model.adapter:
+        raise ValueError(f'model {model.name!r} has a LoRA adapter: a reward model is read whole, merge the adapter '
+                         f'into '
+                         f'its weights first')
     tokenizer,before = load_tokenizer(model),transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try: net,info = _weights(AutoModelForSequenceClassification, model, output_loading_info=True, **settings)
@@ -850,9 +888,13 @@ def new_reward_model(
     "A language model under a new score head with one output, and its tokenizer."
     net,tokenizer,missing = _classifier(model, num_labels=1)
     lost = [name for name in missing if name.startswith(net.base_model_prefix+'.')]
-    if lost: raise ValueError(f"model {model.name!r}: {model.path} lacks {len(lost)} of its weights, first {lost[0]}: only a score head may be missing")
+    if lost:
+        raise ValueError(f"model {model.name!r}: {model.path} lacks {len(lost)} of its weights, first {lost[0]}: only "
+                         f"a "
+                         f"score head may be missing")
     draw,deviation = torch.Generator().manual_seed(seed),getattr(net.config.get_text_config(), 'initializer_range', .02)
-    for name in missing: net.get_parameter(name).data.copy_(deviation*torch.randn(net.get_parameter(name).shape, generator=draw))
+    for name in missing:
+        net.get_parameter(name).data.copy_(deviation*torch.randn(net.get_parameter(name).shape, generator=draw))
     return net.to(device_for(device)).eval(), tokenizer
 
 # %% ../nbs/api/03_engines.ipynb #f225b3cd
@@ -860,7 +902,10 @@ def is_reward_model(
     model:Model, # any model
 )->bool:
     "Does a checkpoint say that it classifies sequences, rather than that it writes them?"
-    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False).architectures or [])
+    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(local_folder(model),
+                                                                                 local_files_only=True,
+                                                                                 trust_remote_code=False).architectures
+               or [])
 
 # %% ../nbs/api/03_engines.ipynb #13daf225
 def conversation_ids(
@@ -890,7 +935,8 @@ class RewardScorer:
         if self._net is None: self._net,self._tokenizer = load_reward_model(self.model, self.device)
         rows = self._tokenize(conversations)
         values = np.empty(len(rows))
-        with tqdm(total=len(rows), unit='answer', desc=self.model.name, delay=2, disable=not self.progress, leave=False) as bar:
+        with tqdm(total=len(rows), unit='answer', desc=self.model.name, delay=2, disable=not self.progress,
+                  leave=False) as bar:
             for batch in plan_batches([len(r) for r in rows], 0, self.token_budget):
                 values[batch] = self._batch([rows[i] for i in batch])
                 bar.update(len(batch))
@@ -901,8 +947,10 @@ class RewardScorer:
         rows = conversation_ids(chat, conversations)
         window = _window(self._net.config)
         long = [i for i, row in enumerate(rows) if len(row) > window]
-        if long: raise ValueError(f"model {self.model.name!r} has a window of {window} tokens: {len(long)} of {len(rows)} conversations are longer, "
-                                  f"first number {long[0]} with {len(rows[long[0]])} tokens: leave them out")
+        if long:
+            raise ValueError(f"model {self.model.name!r} has a window of {window} tokens: {len(long)} of {len(rows)} "
+                             f"conversations are longer, "
+                             f"first number {long[0]} with {len(rows[long[0]])} tokens: leave them out")
         return rows
 
     @torch.inference_mode()

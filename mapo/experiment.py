@@ -64,13 +64,15 @@ class Settings(Compute):
 
     def batch(self)->dict: # a part of a training's settings
         "Rows per update: settings of an objective."
-        return dict(batch_size=self.batch_size) | ({'micro_batch_size': self.micro_batch_size} if self.micro_batch_size else {})
+        return dict(batch_size=self.batch_size) | ({'micro_batch_size': self.micro_batch_size} if self.micro_batch_size
+                                                   else {})
 
     @property
     def tiny(self)->bool:
         "Are the models those that ship with mapo?"
         values = [getattr(self, f.name) for f in fields(self)]
-        return any(str(v).startswith('tiny:') for value in values for v in (value if isinstance(value, tuple) else (value,)))
+        return any(str(v).startswith('tiny:') for value in values
+                   for v in (value if isinstance(value, tuple) else (value,)))
 
     def check_at_least_one(self, *names:str):
         "Refuse settings that are too small to mean anything."
@@ -95,7 +97,8 @@ def documented(
 
 def _fields_of(cls): # its own fields, in the order of its source
     try: source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError): return {name: dict(type=t.__name__, help='') for name, t in cls.__annotations__.items()}
+    except (OSError, TypeError):
+        return {name: dict(type=t.__name__, help='') for name, t in cls.__annotations__.items()}
     lines,body = source.splitlines(),ast.parse(source).body[0].body
     return {n.target.id: dict(type=ast.unparse(n.annotation), help=lines[n.end_lineno-1][n.end_col_offset:].strip(' #'))
             for n in body if isinstance(n, ast.AnnAssign)}
@@ -264,7 +267,8 @@ class Experiment:
         **overrides, # settings by name; None leaves the preset's value
     )->Settings:
         "A preset, and what is to differ from it; a `learning_rate` given here is that of all arms."
-        if preset not in self.presets: raise ValueError(f"{self.name} has no preset {preset!r}: there are {', '.join(self.presets)}")
+        if preset not in self.presets:
+            raise ValueError(f"{self.name} has no preset {preset!r}: there are {', '.join(self.presets)}")
         known = [f.name for f in fields(self.presets[preset])]
         for name in overrides:
             close = difflib.get_close_matches(name, known, 1)
@@ -300,7 +304,8 @@ def compute(
     if not distinct: raise ValueError(f'{e.name}: seeds must be distinct whole numbers, at least one, not {seeds}')
     wanted = e.choose(arms)
     problems = run.stage(make_problems, **s.problem_set())
-    return [step for arm, seed in run.arms(wanted, seeds) for step in e.method(run, arm.settings(s), arm, seed, problems, split)]
+    return [step for arm, seed in run.arms(wanted, seeds) for step in e.method(run, arm.settings(s), arm, seed,
+                                                                               problems, split)]
 
 # %% ../nbs/api/19_experiment.ipynb #a503fb11
 def experiment(
@@ -345,7 +350,8 @@ def checkable(
     dropped = {(a, b): f'it holds {arm_label(a)} against {arm_label(b)}, {why}' for a, b, why in same}
     found = []
     for claim in filter(can, claims):
-        reasons = [claim.get('untestable'), claim.get('tiny') if s.tiny else None, *(dropped.get(tuple(test)) for test in claim['tests'])]
+        reasons = [claim.get('untestable'), claim.get('tiny') if s.tiny else None,
+                   *(dropped.get(tuple(test)) for test in claim['tests'])]
         said = {k: v for k, v in claim.items() if k not in ('tiny', 'untestable')}
         found.append(said | {'untestable': reason for reason in [*filter(None, reasons)][:1]})
     return found
@@ -365,7 +371,8 @@ def agents_apart(
     step:Step, # `measured` holds turns and their grades under 'evaluate' and 'greedy'
 )->pd.DataFrame: # compact rows
     "Agents that answer alone: how often each is right on each problem, sampled and greedy."
-    graded = [scored(turns, scores)[['agent', 'problem_id', 'sample', 'answer', 'correct']].assign(greedy=name == 'greedy')
+    graded = [scored(turns, scores)[['agent', 'problem_id', 'sample', 'answer',
+                                     'correct']].assign(greedy=name == 'greedy')
               for name, (turns, scores) in step.measured.items()]
     return compact(pd.concat(graded, ignore_index=True).assign(**step.at()))
 
@@ -377,7 +384,8 @@ def after_debate(
     "A team that debates: is the answer right that most seats give in the last round?"
     turns,scores = step.measured['evaluate']
     said = scored(turns, scores)
-    last = said[said['round'] == said['round'].max()].assign(agent='team', sample=lambda t: t['seat'], greedy=False, **step.at())
+    last = said[said['round'] == said['round'].max()].assign(agent='team', sample=lambda t: t['seat'], greedy=False,
+                                                             **step.at())
     rows = compact(last[['arm', 'seed', 'iteration', 'agent', 'problem_id', 'sample', 'answer', 'correct', 'greedy']])
     return rows.assign(n=1, c=rows['maj'].astype(int), greedy=float('nan'))
 
@@ -400,7 +408,8 @@ def _cost(step):
     return dict(tokens_sampled=int(sum(t['completion_tokens'].sum() for t in sampled)),
                 tokens_trained=sum(log['tokens_trained'] for _, log in made),
                 updates=sum(log['updates'] for f, log in made if f.objective != 'reward'),
-                seconds=sum(log['cpu_s'] for log in every), peak_bytes=max(log['peak_memory_mb'] for log in every)*2**20)
+                seconds=sum(log['cpu_s'] for log in every),
+                peak_bytes=max(log['peak_memory_mb'] for log in every)*2**20)
 
 # %% ../nbs/api/19_experiment.ipynb #d469a6c0
 def gathered(
@@ -409,9 +418,12 @@ def gathered(
     objective:str='', # '' for all
 )->pd.DataFrame: # with `arm, seed, iteration, agent, method`
     "One table of what all learners learnt from, what was left out, or how their trainings went."
-    found = [(step, f) for step in steps for f in step.fits if objective in ('', f.objective) and f.objective != 'reward' and (table == 'counts' or f.training)]
-    tables = [(f.training if table == 'log' else f.data).read(table).assign(**step.at(), agent=f.learner, method=f.objective) for step, f in found]
-    return pd.concat(tables or [pd.DataFrame(columns=['arm', 'seed', 'iteration', 'agent', 'method', 'part', 'fate', 'count'])], ignore_index=True)
+    found = [(step, f) for step in steps for f in step.fits if objective in ('', f.objective)
+             and f.objective != 'reward' and (table == 'counts' or f.training)]
+    tables = [(f.training if table == 'log' else f.data).read(table).assign(**step.at(), agent=f.learner,
+                                                                            method=f.objective) for step, f in found]
+    return pd.concat(tables or [pd.DataFrame(columns=['arm', 'seed', 'iteration', 'agent', 'method', 'part', 'fate',
+                                                      'count'])], ignore_index=True)
 
 def training_curves(
     steps:list, # of `compute`
@@ -435,7 +447,8 @@ def manifest(
     comparisons,same = told_apart([c for c in e.comparisons if {*c} <= arms.keys()], arms, s)
     return dict(run=run.id, comparisons=comparisons, not_compared=same, claims=checkable(e.claims, arms, s),
                 figures=drawable(e.figures, arms),
-                arms=[a.drawn() for a in e.arms if a.name in arms], bases={name: arm.base or name for name, arm in arms.items()},
+                arms=[a.drawn() for a in e.arms if a.name in arms],
+                bases={name: arm.base or name for name, arm in arms.items()},
                 settings=asdict(s), seeds_vary=seeds_vary(s, {step.seed for step in steps})) | provenance_of(about)
 
 def drawable(
@@ -480,7 +493,8 @@ def write_record(
     folder,found_rows = run.folder/'record',rows(e, s, steps)
     shown = [step for step in steps if step.arm.name in set(found_rows.arm)]
     save_record(folder, found_rows, costs(shown), manifest(run, e, s, shown))
-    save_tables(folder, {'training.csv': training_curves(steps), 'counts.parquet': gathered(steps, 'counts')} | e.tables(run, s, steps, found))
+    save_tables(folder, {'training.csv': training_curves(steps),
+                         'counts.parquet': gathered(steps, 'counts')} | e.tables(run, s, steps, found))
     return folder
 
 # %% ../nbs/api/19_experiment.ipynb #f2c001af
@@ -499,7 +513,8 @@ def rates(
     folder,about = run.folder/'record',run.record()
     folder.mkdir(exist_ok=True)
     save_tables(folder, {'rates.csv': pd.concat(tables, ignore_index=True)})
-    write_json(folder/'manifest.json', dict(run=run.id, settings=asdict(s), arms=[a.drawn() for a in e.choose(arms)]) | provenance_of(about))
+    write_json(folder/'manifest.json', dict(run=run.id, settings=asdict(s),
+                                            arms=[a.drawn() for a in e.choose(arms)]) | provenance_of(about))
     return folder
 
 def _at_rate(run, e, s, arms, rate, seeds):

@@ -77,10 +77,13 @@ class Malt(Settings):
         self.check_at_least_one('votes', 'debaters', 'rounds', 'iterations', 'batch_size')
         for kind in ('sft', 'dpo'):
             updates,epochs = getattr(self, f'{kind}_updates'),getattr(self, f'{kind}_epochs')
-            if updates < 1 and epochs <= 0: raise ValueError(f'{kind}_updates=0 goes by {kind}_epochs, which must then be above 0')
+            if updates < 1 and epochs <= 0:
+                raise ValueError(f'{kind}_updates=0 goes by {kind}_epochs, which must then be above 0')
         for name in ('threshold', 'gap'):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f'{name} must lie in [0, 1], not {getattr(self, name)}')
-        if len(self.branching) != len(ROLES) or min(self.branching) < 1: raise ValueError(f'branching must be {len(ROLES)} numbers of at least 1, not {list(self.branching)}')
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'{name} must lie in [0, 1], not {getattr(self, name)}')
+        if len(self.branching) != len(ROLES) or min(self.branching) < 1:
+            raise ValueError(f'branching must be {len(ROLES)} numbers of at least 1, not {list(self.branching)}')
 
     def team(self, chain:tuple=ROLES)->Team:
         "The roles of a chain before training; one that misses the verifier shows the refiner an empty critique."
@@ -88,11 +91,13 @@ class Malt(Settings):
             if role not in ROLES: raise ValueError(f"malt has no role {role!r}: there are {', '.join(ROLES)}")
         prompts = dict(zip(ROLES, (self.generator_prompt, self.verifier_prompt, self.refiner_prompt)))
         if 'verifier' not in chain: prompts['refiner'] = prompts['refiner'].replace('{verifier}', '')
-        return Team('malt', [Agent(role, base_model(getattr(self, role), self.dtype), Role(role, prompts[role])) for role in chain])
+        return Team('malt', [Agent(role, base_model(getattr(self, role), self.dtype), Role(role, prompts[role]))
+                             for role in chain])
 
     def selection(self, seed:int, score:str='positive')->Selection: # of `mapo.pairs`
         "All own positives, and sibling pairs."
-        return Selection(score=score, by='context_id', n_positives=0, n_negatives=0, n_pairs=self.n_pairs, repeated=True, seed=seed)
+        return Selection(score=score, by='context_id', n_positives=0, n_negatives=0, n_pairs=self.n_pairs,
+                         repeated=True, seed=seed)
 
 # %% ../nbs/api/22_malt.ipynb #f6cb7804
 def base_model(
@@ -143,7 +148,8 @@ class ChainArm(Arm):
 
 # %% ../nbs/api/22_malt.ipynb #f516b840
 G,V,R = ROLES
-def _all_updates(s): return dict(sft_updates=3*s.sft_updates + 2*s.dpo_updates, sft_epochs=3*s.sft_epochs + 2*s.dpo_epochs)
+def _all_updates(s):
+    return dict(sft_updates=3*s.sft_updates + 2*s.dpo_updates, sft_epochs=3*s.sft_epochs + 2*s.dpo_epochs)
 def _long(s): return dict(sft_updates=s.sft_updates + s.dpo_updates, sft_epochs=s.sft_epochs + s.dpo_epochs)
 def _generator_dpo(s): return dict(generator_dpo=True)
 def _branching(n): return lambda s: dict(branching=(n,)*3)
@@ -175,7 +181,8 @@ _ARMS = (
              label='generator, rejection sampling, vote of 9', color='#4D4300', marker='D'),
     ChainArm('malt_generator_dpo', 'malt', votes=1, changes=_generator_dpo,
              label='MALT, generator with DPO', color='#6B3E00', marker='s'),
-    ChainArm('malt_twice', 'malt', votes=1, changes=_twice, variant_of='malt', label='MALT, two rounds', color='#A65A00', marker='P'),
+    ChainArm('malt_twice', 'malt', votes=1, changes=_twice, variant_of='malt', label='MALT, two rounds',
+             color='#A65A00', marker='P'),
     ChainArm('no_generator', 'malt', votes=1, untrained=(G,),
              label='MALT, generator untrained', color='#8DBEDB', marker='d'),
     ChainArm('no_verifier', 'malt', votes=1, untrained=(V,),
@@ -191,12 +198,15 @@ _ARMS = (
     ChainArm('malt_shuffled', 'malt', told='shuffled', label='MALT, shuffled critiques', color='#E3A857', marker='X'),
     ChainArm('malt_told_right', 'malt', told='right', label='MALT, right critiques', color='#E3A857', marker='^'),
     ChainArm('malt_told_wrong', 'malt', told='wrong', label='MALT, wrong critiques', color='#E3A857', marker='v'),
-    *(ChainArm(f'malt_branching_{n}', 'malt', votes=1, sweep=('branching', n), variant_of='malt', changes=_branching(n)) for n in (2, 4, 5)),
-    *(ChainArm(f'malt_threshold_{round(100*x)}', 'malt', votes=1, sweep=('threshold', x), variant_of='malt', changes=_threshold(x))
+    *(ChainArm(f'malt_branching_{n}', 'malt', votes=1, sweep=('branching', n), variant_of='malt', changes=_branching(n))
+      for n in (2, 4, 5)),
+    *(ChainArm(f'malt_threshold_{round(100*x)}', 'malt', votes=1, sweep=('threshold', x), variant_of='malt',
+               changes=_threshold(x))
       for x in (0., .25, .75)),
     ChainArm('malt_gap', 'malt', votes=1, sweep=('gap', .5), variant_of='malt', changes=_gap),
     *(ChainArm(f'{name}_harder', recipe, chain, votes=1, harder=True, sweep=('problems', 'harder'), variant_of=name)
-      for name, recipe, chain in (('sa_vote', '', (G,)), ('ma_vote', '', ROLES), ('star_ma_vote', 'star', ROLES), ('malt', 'malt', ROLES))))
+      for name, recipe, chain in (('sa_vote', '', (G,)), ('ma_vote', '', ROLES), ('star_ma_vote', 'star', ROLES),
+                                  ('malt', 'malt', ROLES))))
 
 def _with_bases(arms): # the base of a trained arm is the untrained one that asks in the same way
     untrained = {a.asks: a.name for a in reversed(arms) if not a.recipe}
@@ -207,43 +217,60 @@ CORE = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vo
         'malt_shuffled', 'gold_sft', 'gold_sft_nine')
 
 # %% ../nbs/api/22_malt.ipynb #9a00055e
-_SOLVE = ('Work on this problem in five steps: note the key facts, say what is asked, plan, carry the plan out, then conclude and check the result. '
+_SOLVE = ('Work on this problem in five steps: note the key facts, say what is asked, plan, carry the plan out, then '
+          'conclude and check the result. '
           'Close with a line "Final answer: " followed by the answer alone.\n\n{question}')
-_VERIFY = ('Somebody solved the problem below. Go through the solution step by step and say what is right and what is wrong in it. '
-           'Close with two lines: "Verdict: correct" or "Verdict: incorrect", and "Final answer: " followed by the answer that you think is right.\n\n'
+_VERIFY = ('Somebody solved the problem below. Go through the solution step by step and say what is right and what is '
+           'wrong in it. '
+           'Close with two lines: "Verdict: correct" or "Verdict: incorrect", and "Final answer: " followed by the '
+           'answer that you think is right.\n\n'
            'Problem:\n{question}\n\nSolution:\n{generator}')
-_REFINE = ('You are an expert who improves solutions with the help of feedback. Use what is right in the solution and in the feedback, mend what is wrong, and write a full solution. '
-           'Close with a line "Final answer: " followed by the answer alone.\n\nProblem:\n{question}\n\nSolution:\n{generator}\n\nFeedback:\n{verifier}')
+_REFINE = ('You are an expert who improves solutions with the help of feedback. Use what is right in the solution and '
+           'in '
+           'the feedback, mend what is wrong, and write a full solution. '
+           'Close with a line "Final answer: " followed by the answer '
+           'alone.\n\nProblem:\n{question}\n\nSolution:\n{generator}\n\nFeedback:\n{verifier}')
 _CRITIC = 'These are the answers of others to the same problem:\n\n{others}Use them as advice, solve the problem again, and close with a line "Final answer: " followed by the answer alone.'
 
-_WORDS = dict(engine='auto', generator_prompt=_SOLVE, verifier_prompt=_VERIFY, refiner_prompt=_REFINE, critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
+_WORDS = dict(engine='auto', generator_prompt=_SOLVE, verifier_prompt=_VERIFY, refiner_prompt=_REFINE,
+              critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
               temperature=.3, batch_size=8, micro_batch_size=1, lora_rank=16, checkpoint_every=50, chunk_answers=1024)
-_PAPER = dict(n_train=0, n_dev=500, max_tokens=1024, n_pairs=1, sft_updates=0, sft_epochs=2., dpo_updates=0, dpo_epochs=1.,
+_PAPER = dict(n_train=0, n_dev=500, max_tokens=1024, n_pairs=1, sft_updates=0, sft_epochs=2., dpo_updates=0,
+              dpo_epochs=1.,
               sft_learning_rate=1e-5, dpo_learning_rate=1e-6)
 PRESETS = dict(
     smoke=Malt(n_train=16, n_dev=12, n_test=12, n_hard=12, branching=(2, 2, 2), sft_updates=2, dpo_updates=2),
     tiny=Malt(),
-    small=Malt(**dict.fromkeys(ROLES, 'HuggingFaceTB/SmolLM2-360M-Instruct'), **_WORDS | dict(temperature=1.), n_train=500, n_dev=300, max_tokens=320, sft_updates=200, dpo_updates=200, sft_learning_rate=1e-4, dpo_learning_rate=1e-5),
-    paper=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'meta-llama/Llama-3.1-8B-Instruct'), **_WORDS, **_PAPER),
-    paper_qwen=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'Qwen/Qwen2.5-1.5B'), **_WORDS, **_PAPER, generator_dpo=True))
+    small=Malt(**dict.fromkeys(ROLES, 'HuggingFaceTB/SmolLM2-360M-Instruct'), **_WORDS | dict(temperature=1.),
+               n_train=500, n_dev=300, max_tokens=320, sft_updates=200, dpo_updates=200, sft_learning_rate=1e-4,
+               dpo_learning_rate=1e-5),
+    paper=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'meta-llama/Llama-3.1-8B-Instruct'), **_WORDS,
+               **_PAPER),
+    paper_qwen=Malt(gradient_checkpointing=True, **dict.fromkeys(ROLES, 'Qwen/Qwen2.5-1.5B'), **_WORDS, **_PAPER,
+                    generator_dpo=True))
 
 # %% ../nbs/api/22_malt.ipynb #ce3bab7a
 STATED = pd.DataFrame([
     ('models', '"Llama-3.1-8B-Instruct"; "Qwen-2.5-1.5B-Base" (GSM8K only)', 'paper, paper_qwen'),
     ('tree', '"n = 3", so 3, 9 and 27 turns', 'branching = 3, 3, 3'),
     ('positive', 'value > 0.5', 'threshold = 0.5, strictly'),
-    ('pairs', 'siblings; all combinations or some: not said outright', 'all combinations (tiny), one per parent (paper)'),
-    ('generator', 'SFT only for Llama; DPO helps Qwen, its place only implied', 'generator_dpo = False; True for paper_qwen'),
+    ('pairs', 'siblings; all combinations or some: not said outright',
+     'all combinations (tiny), one per parent (paper)'),
+    ('generator', 'SFT only for Llama; DPO helps Qwen, its place only implied',
+     'generator_dpo = False; True for paper_qwen'),
     ('verifier, refiner', 'SFT, then DPO against the SFT model', 'the same'),
     ('beta', '0.2', '0.2'),
-    ('adapters', 'LoRA for SFT and DPO; rank, alpha and modules not stated; an "adapter weight" of 0.2 that is not explained', 'rank 16, ours'),
+    ('adapters', 'LoRA for SFT and DPO; rank, alpha and modules not stated; an "adapter weight" of 0.2 that is not '
+                 'explained', 'rank 16, ours'),
     ('learning rates', 'a "learning-rate multiplier" of 0.1; no absolute rate', 'SFT 1e-5, DPO 1e-6, ours'),
     ('epochs', '1 to 10, by data size', '2 (SFT), 1 (DPO), ours'),
-    ('pairs', 'about 2k to 6k per model and benchmark', 'one per parent with a good and a bad child (n_pairs = 1), ours: the plan says how many at most'),
+    ('pairs', 'about 2k to 6k per model and benchmark',
+     'one per parent with a good and a bad child (n_pairs = 1), ours: the plan says how many at most'),
     ('batch', '8 (SFT); DPO not stated', '8'),
     ('temperature', '0.3 (Llama); Qwen not stated', '0.3'),
     ('top-p, tokens per turn', 'not stated', '1; 1,024, ours'),
-    ('training questions', 'GSM8K 7.47k, MATH 7.5k, CSQA 9.74k; one set of models per benchmark', 'n_train = 0: all but 500, on which settings are chosen; a run per source'),
+    ('training questions', 'GSM8K 7.47k, MATH 7.5k, CSQA 9.74k; one set of models per benchmark',
+     'n_train = 0: all but 500, on which settings are chosen; a run per source'),
     ('evaluation', '4 seeds, each on a random subset; the numbers fit about 100 questions per seed', 'every problem'),
     ('vote', '3 full passes; ties not stated', 'votes = 3; ties by a seeded draw'),
     ('debate', '3 agents, 3 rounds', 'the same')], columns=['setting', 'the paper', 'here'])
@@ -259,7 +286,8 @@ def malt(
 )->list[Step]:
     "One arm: sample a tree, propagate, choose, train, answer; perhaps repeat."
     team,asked = first_team(run, s, seed),harder(run, s) if arm.harder else problems
-    measure = lambda t: {purpose: answers(run, s, arm, team, asked, split, purpose, t, seed) for purpose in ('evaluate', 'greedy')}
+    measure = lambda t: {purpose: answers(run, s, arm, team, asked, split, purpose, t, seed)
+                         for purpose in ('evaluate', 'greedy')}
     if not arm.recipe: return [Step(arm, seed, 0, asked, measure(1), team)]
     steps = []
     for t in range(1, s.iterations+1):
@@ -277,7 +305,8 @@ def first_team(run:Run, s:Malt, seed:int)->Team:
 # %% ../nbs/api/22_malt.ipynb #4f2f1c49
 def tree(run:Run, s:Malt, team:Team, problems:Artifact, iteration:int, seed:int)->tuple[Artifact,tuple]: # turns, and scores: grades, values and labels
     "The training problems' trees with their values."
-    turns = run.stage(sample_tree, problems=problems.where(split='train'), team=team, branching=s.branching, purpose='train',
+    turns = run.stage(sample_tree, problems=problems.where(split='train'), team=team, branching=s.branching,
+                      purpose='train',
                       iteration=iteration, seed=seed, **s.sampling())
     graded = run.stage(grade, turns=turns, problems=problems)
     valued = run.stage(value_turns, turns=(turns, graded), last=len(team)-1, threshold=s.threshold, gap=s.gap)
@@ -293,7 +322,8 @@ def learn(run:Run, s:Malt, arm:ChainArm, team:Team, turns:Artifact, scores:tuple
             build = dict(sft=own_positives, dpo=own_pairs)[method]
             data = run.stage(build, turns=own, contexts=turns, agent=role, selection=s.selection(seed, score))
             fits.append(fit(run, s, role, objective(s, method, seed), team[role].model, data))
-            if made := fits[-1].training: team = team.with_models({role: trained(team[role].model, made, s.lora_rank > 0)})
+            if made := fits[-1].training:
+                team = team.with_models({role: trained(team[role].model, made, s.lora_rank > 0)})
     return team,tuple(fits)
 
 # %% ../nbs/api/22_malt.ipynb #6a7fc31a
@@ -304,7 +334,8 @@ def objective(s:Malt, method:str, seed:int)->Objective:
     return DPO(**how, updates=s.dpo_updates, epochs=s.dpo_epochs, learning_rate=s.dpo_learning_rate, beta=s.beta)
 
 # %% ../nbs/api/22_malt.ipynb #578d26e1
-def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:str, purpose:str, iteration:int, seed:int)->tuple[Artifact,Artifact]: # turns and grades
+def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:str, purpose:str, iteration:int,
+            seed:int)->tuple[Artifact,Artifact]: # turns and grades
     "What the arm says about the evaluated problems; `purpose` is 'evaluate' or 'greedy'."
     drawn = dict(seed=seed, **s.sampling(purpose == 'greedy'))
     how = dict(problems=problems.where(split=split), purpose=purpose, iteration=iteration, **drawn)
@@ -313,14 +344,17 @@ def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:s
     else:
         speakers = s.team(arm.chain).with_models({role: team[role].model for role in arm.chain})
         turns = run.stage(sample_tree, team=speakers, branching=(passes,) + (1,)*(len(arm.chain)-1), **how)
-    if arm.told: turns = run.stage(tell_refiner, turns=turns, contexts=turns, problems=problems, refiner=team[R], told=arm.told, **drawn)
+    if arm.told:
+        turns = run.stage(tell_refiner, turns=turns, contexts=turns, problems=problems, refiner=team[R], told=arm.told,
+                          **drawn)
     return turns, run.stage(grade, turns=turns, problems=problems)
 
 # %% ../nbs/api/22_malt.ipynb #74e2b331
 def discuss(run:Run, s:Malt, model:Model, how:dict)->Artifact:
     "Untrained generators answer, and see each other's answers in later rounds (Du et al., 2023)."
     seats = lambda role: Team('debate', [Agent(f'{role.name}-{i+1}', model, role) for i in range(s.debaters)])
-    generators,critics = seats(Role('generator', s.generator_prompt)),seats(Role('critic', s.critic_prompt, quote=s.quote))
+    generators,critics = seats(Role('generator', s.generator_prompt)),seats(Role('critic', s.critic_prompt,
+                                                                                 quote=s.quote))
     return run.stage(debate, generators=generators, critics=critics, summarizer=None, rounds=s.rounds, **how)
 
 # %% ../nbs/api/22_malt.ipynb #aea42e6c
@@ -352,12 +386,15 @@ def other_critiques(
     seed:int,              # of the draws
 )->np.ndarray: # the turns' texts, with other ones in the place of the verifier's
     "Critiques that the verifier did not write about these answers."
-    rows,texts,r = np.flatnonzero(turns['role'] == V),turns['text'].to_numpy(object, copy=True),random.Random(f'critiques/{seed}')
+    rows,texts,r = np.flatnonzero(turns['role']
+                                  == V),turns['text'].to_numpy(object, copy=True),random.Random(f'critiques/{seed}')
     before,asked = turns.iloc[parent_rows(turns)[rows]],problems.set_index('problem_id').loc[turns['problem_id'].iloc[rows]]
     if told == 'shuffled':
         order = rows[np.lexsort((seeded_draw(before['problem_id'], seed), before['sample']))]
         texts[order] = np.roll(texts[order], 1)
-    else: texts[rows] = [critique(q, a, kind, text, told == 'right', r) for q, a, kind, text in zip(asked['question'], asked['answer'], asked['kind'], before['text'])]
+    else:
+        texts[rows] = [critique(q, a, kind, text, told == 'right', r) for q, a, kind,
+                       text in zip(asked['question'], asked['answer'], asked['kind'], before['text'])]
     return texts
 
 # %% ../nbs/api/22_malt.ipynb #da2939ed
@@ -378,21 +415,30 @@ def critique(
         judged = steps.groups() if steps else ('',)*5 if right else solve(operands, FLAWLESS, r)
         tries = (verified(operands, judged, r, *((0, 0) if right else (1, 1)))[1] for _ in range(100))
         return next((text for text in tries if same(text) == right), f'<right>#### {int(gold)+1}')
-    answer = gold if right else next(a for a in ('A', 'B') if a != gold) if kind == 'choice' else f'{gold}+1' if kind == 'math' else f'{float(gold.replace(",", ""))+1:g}'
+    answer = gold if right else next(a for a in ('A', 'B')
+                                     if a != gold) if kind == 'choice' else f'{gold}+1' if kind == 'math' else f'{float(gold.replace(",", ""))+1:g}'
     return f"Verdict: {'correct' if same(solution or '') == right else 'incorrect'}\nFinal answer: {answer}"
 
 # %% ../nbs/api/22_malt.ipynb #c85ceb1a
 TEMPLATES = ( # a story, its question and answer; what makes it harder, and the new question and answer
-    ('{who} packs {a} crates with {b} jars each. On the way {c} jars break.', 'How many jars arrive?', lambda a, b, c, d: a*b-c,
+    ('{who} packs {a} crates with {b} jars each. On the way {c} jars break.', 'How many jars arrive?', lambda a, b, c,
+     d: a*b-c,
      'Every jar that arrives is sold for {d} coins.', 'How many coins does {who} take?', lambda a, b, c, d: (a*b-c)*d),
-    ('{who} reads {a} pages on each of {b} days, and {c} pages on the day after.', 'How many pages has {who} read?', lambda a, b, c, d: a*b+c,
-     'A friend read {d} pages fewer each day on the first {b} days, and as many on the last.', 'How many pages have both read?', lambda a, b, c, d: 2*(a*b+c)-b*d),
+    ('{who} reads {a} pages on each of {b} days, and {c} pages on the day after.', 'How many pages has {who} read?',
+     lambda a, b, c, d: a*b+c,
+     'A friend read {d} pages fewer each day on the first {b} days, and as many on the last.',
+     'How many pages have both read?', lambda a, b, c, d: 2*(a*b+c)-b*d),
     ('A hall has {a} rows of {b} seats, of which {c} are broken.', 'How many guests can sit?', lambda a, b, c, d: a*b-c,
-     'On {d} evenings the hall is full, and on one more evening it is full but for {c} seats.', 'How many guests come in all?', lambda a, b, c, d: (a*b-c)*(d+1)-c),
-    ('{who} saves {a} coins a week for {b} weeks and spends {c} of them.', 'How many coins are left?', lambda a, b, c, d: a*b-c,
-     'Then {who} saves {d} coins a week more than before, for two weeks.', 'How many coins does {who} have in the end?', lambda a, b, c, d: a*b-c+2*(a+d)),
-    ('A baker fills {a} trays with {b} rolls each and gives {c} rolls away.', 'How many rolls can be sold?', lambda a, b, c, d: a*b-c,
-     'They are sold in bags of two, and {d} more rolls are sold singly that were left from yesterday.', 'How many rolls are sold?', lambda a, b, c, d: (a*b-c)//2*2+d))
+     'On {d} evenings the hall is full, and on one more evening it is full but for {c} seats.',
+     'How many guests come in all?', lambda a, b, c, d: (a*b-c)*(d+1)-c),
+    ('{who} saves {a} coins a week for {b} weeks and spends {c} of them.', 'How many coins are left?', lambda a, b, c,
+     d: a*b-c,
+     'Then {who} saves {d} coins a week more than before, for two weeks.', 'How many coins does {who} have in the end?',
+     lambda a, b, c, d: a*b-c+2*(a+d)),
+    ('A baker fills {a} trays with {b} rolls each and gives {c} rolls away.', 'How many rolls can be sold?', lambda a,
+     b, c, d: a*b-c,
+     'They are sold in bags of two, and {d} more rolls are sold singly that were left from yesterday.',
+     'How many rolls are sold?', lambda a, b, c, d: (a*b-c)//2*2+d))
 
 # %% ../nbs/api/22_malt.ipynb #8e06f975
 def word_problems(
@@ -406,10 +452,13 @@ def word_problems(
     while len(rows) < 2*n:
         story,question,answer,more,asked,then = TEMPLATES[r.randrange(len(TEMPLATES))]
         numbers = dict(a=r.randint(11, 40), b=r.randint(3, 9), c=r.randint(2, 9), d=r.randint(2, 9))
-        text = ' '.join([story, more, asked] if harder else [story, question]).format(who=r.choice(['Mira', 'Tomas', 'Ayo', 'Lin', 'Ruth']), **numbers)
+        text = ' '.join([story, more, asked] if harder
+                        else [story, question]).format(who=r.choice(['Mira', 'Tomas', 'Ayo', 'Lin', 'Ruth']), **numbers)
         rows[text] = str((then if harder else answer)(**numbers))
-    table = pd.DataFrame(dict(question=list(rows), answer=list(rows.values())))[::2 if split == 'dev' else -2].head(n).reset_index(drop=True)
-    return table.assign(problem_id=[f'templates/{split}/{i}' for i in table.index], solution='', kind='number', split=split, source='templates' + ', one step more'*harder)
+    table = pd.DataFrame(dict(question=list(rows), answer=list(rows.values())))[::2 if split == 'dev'
+                                                                                else -2].head(n).reset_index(drop=True)
+    return table.assign(problem_id=[f'templates/{split}/{i}' for i in table.index], solution='', kind='number',
+                        split=split, source='templates' + ', one step more'*harder)
 
 # %% ../nbs/api/22_malt.ipynb #cf03dc19
 def make_harder(
@@ -439,14 +488,18 @@ def answers_by_turn(
     chain:tuple=ROLES,  # who speaks
 )->pd.DataFrame: # a row per pass and role: `problem_id, sample, role, answer, correct, borrowed`; `sample` is the pass
     "What each pass answers after each of its turns."
-    parent,borrowed = parent_rows(turns),((turns['role'] == V) & ~turns['text'].fillna('').str.contains(STATES)).to_numpy()
+    parent,borrowed = parent_rows(turns),((turns['role'] == V)
+                                          & ~turns['text'].fillna('').str.contains(STATES)).to_numpy()
     source = np.where(borrowed, parent, np.arange(len(turns)))
     root = np.arange(len(turns))
     for _ in chain: root = np.where(parent[root] < 0, root, parent[root])
-    rows = pd.DataFrame(dict(problem_id=turns['problem_id'].to_numpy(), sample=turns['sample'].to_numpy()[root], role=turns['role'].to_numpy(), borrowed=borrowed,
-                             answer=turns['answer'].to_numpy(object)[source], correct=turns['correct'].to_numpy()[source]))
+    rows = pd.DataFrame(dict(problem_id=turns['problem_id'].to_numpy(), sample=turns['sample'].to_numpy()[root],
+                             role=turns['role'].to_numpy(), borrowed=borrowed,
+                             answer=turns['answer'].to_numpy(object)[source],
+                             correct=turns['correct'].to_numpy()[source]))
     passes = rows.loc[rows['role'] == chain[0], ['problem_id', 'sample']]
-    whole = passes.merge(pd.DataFrame(dict(role=chain)), how='cross').merge(rows, how='left', on=['problem_id', 'sample', 'role'])
+    whole = passes.merge(pd.DataFrame(dict(role=chain)), how='cross').merge(rows, how='left',
+                                                                            on=['problem_id', 'sample', 'role'])
     return whole.assign(correct=whole['correct'].fillna(0.), borrowed=whole['borrowed'].eq(True))
 
 # %% ../nbs/api/22_malt.ipynb #c5f5e5c6
@@ -458,7 +511,8 @@ def final_answers(
     turns = readable(step, purpose)
     if step.arm.chain: last = answers_by_turn(turns, step.arm.chain).query('role == @step.arm.chain[-1]')
     else: last = turns[turns['round'] == turns['round'].max()].assign(sample=lambda t: t['seat'])
-    return last.assign(answer=canonical_answers(last, step.problems.read('problems')))[['problem_id', 'sample', 'answer', 'correct']]
+    return last.assign(answer=canonical_answers(last, step.problems.read('problems')))[['problem_id', 'sample',
+                                                                                        'answer', 'correct']]
 
 def readable(step:Step, purpose:str='evaluate')->pd.DataFrame: # turns with `answer` and `correct`
     "An arm's graded conversations."
@@ -494,17 +548,20 @@ def by_turn_rows(
     read = answers_by_turn(readable(step), step.arm.chain)
     counts = read.groupby(['role', 'problem_id'])['correct'].agg(n='size', c='sum').astype(int).reset_index()
     table = counts.assign(readout='after ' + counts['role'], **step.at(), agent='team', greedy=np.nan)
-    return pd.concat([table.drop(columns='role'), *([rows.assign(readout='vote')] if step.arm.votes else [])], ignore_index=True)
+    return pd.concat([table.drop(columns='role'), *([rows.assign(readout='vote')] if step.arm.votes else [])],
+                     ignore_index=True)
 
 def flip_rows(
     step:Step, # of `malt`, with a chain of several roles
 )->pd.DataFrame: # compact rows with `flip`: how many passes went from a right or wrong first answer to a right or wrong last one
     "What becomes of right and wrong first answers."
     chain = step.arm.chain
-    wide = answers_by_turn(readable(step), chain).pivot(index=['problem_id', 'sample'], columns='role', values='correct') > .5
+    wide = answers_by_turn(readable(step), chain).pivot(index=['problem_id', 'sample'], columns='role',
+                                                        values='correct') > .5
     word = lambda hits: np.where(hits, 'right', 'wrong')
     kinds = pd.Series(word(wide[chain[0]]), wide.index) + ' to ' + word(wide[chain[-1]])
-    counts = pd.crosstab(kinds.index.get_level_values('problem_id'), kinds.to_numpy()).reindex(columns=FLIPS, fill_value=0)
+    counts = pd.crosstab(kinds.index.get_level_values('problem_id'), kinds.to_numpy()).reindex(columns=FLIPS,
+                                                                                               fill_value=0)
     table = counts.rename_axis(index='problem_id', columns='flip').stack().rename('c').reset_index()
     return table.assign(n=table['problem_id'].map(counts.sum(axis=1)), **step.at(), agent='team', greedy=np.nan)
 
@@ -520,8 +577,10 @@ def verdict_row(
     said = turns['text'].fillna('').str.extractall(VERDICT)[0].groupby(level=0).last().reindex(turns.index).str.lower()
     approves,objects = said.isin(['right', 'correct']),said.isin(['wrong', 'incorrect'])
     share = lambda mask, of: float(mask[of].mean()) if of.any() else np.nan
-    return dict(arm=step.arm.name, seed=step.seed, verdicts=int(judged.sum()), approves=share(approves, judged & right), objects=share(objects, judged & ~right),
-                no_verdict=share(said.isna(), judged), no_answer=share(~turns['text'].fillna('').str.contains(STATES), judged))
+    return dict(arm=step.arm.name, seed=step.seed, verdicts=int(judged.sum()), approves=share(approves, judged & right),
+                objects=share(objects, judged & ~right),
+                no_verdict=share(said.isna(), judged),
+                no_answer=share(~turns['text'].fillna('').str.contains(STATES), judged))
 
 # %% ../nbs/api/22_malt.ipynb #2a2d91a3
 def shared_prefixes(
@@ -552,16 +611,21 @@ def prompt_tokens(
 def _read_prompts(said, contexts, model): # context id -> its tokens
     from mapo.engines import load_tokenizer
     tokenizer,messages = load_tokenizer(model),contexts.set_index('context_id')['messages']
-    text = lambda i: tokenizer.apply_chat_template([dict(m) for m in messages[i]], tokenize=False, add_generation_prompt=True)
+    text = lambda i: tokenizer.apply_chat_template([dict(m) for m in messages[i]], tokenize=False,
+                                                   add_generation_prompt=True)
     return {i: tokenizer(text(i), add_special_tokens=False)['input_ids'] for i in said['context_id'].unique()}
 
 # %% ../nbs/api/22_malt.ipynb #8fc57e6a
 FIGURES = dict(
-    accuracy=['sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'gold_sft', 'gold_sft_nine', 'malt_one', 'malt'],
-    ablations=['malt', 'malt_twice', 'malt_generator_dpo', 'no_generator', 'no_verifier', 'no_refiner', 'g_only', 'gv', 'gr'],
-    equal_calls=['sa_vote', 'sa_vote_nine', 'ma_vote', 'star_sa_vote', 'star_sa_vote_nine', 'star_ma_vote', 'star_ma_long_vote', 'gold_sft',
+    accuracy=['sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vote', 'gold_sft', 'gold_sft_nine',
+              'malt_one', 'malt'],
+    ablations=['malt', 'malt_twice', 'malt_generator_dpo', 'no_generator', 'no_verifier', 'no_refiner', 'g_only', 'gv',
+               'gr'],
+    equal_calls=['sa_vote', 'sa_vote_nine', 'ma_vote', 'star_sa_vote', 'star_sa_vote_nine', 'star_ma_vote',
+                 'star_ma_long_vote', 'gold_sft',
                  'gold_sft_nine', 'malt'],
-    critiques=['ma', 'ma_shuffled', 'ma_told_right', 'ma_told_wrong', 'malt_one', 'malt_shuffled', 'malt_told_right', 'malt_told_wrong'],
+    critiques=['ma', 'ma_shuffled', 'ma_told_right', 'ma_told_wrong', 'malt_one', 'malt_shuffled', 'malt_told_right',
+               'malt_told_wrong'],
     training=['malt'],
     readouts=['ma_vote', 'star_ma_vote', 'malt', 'no_generator', 'no_verifier', 'no_refiner'],
     flips=['ma', 'ma_shuffled', 'star_ma', 'malt_one', 'malt_shuffled', 'no_generator', 'no_verifier', 'no_refiner'])
@@ -634,9 +698,14 @@ CLAIMS = [
          refuted_if='right critiques are below wrong ones',
          tests=[['malt_told_right', 'malt_told_wrong']])]
 HEADLINE = pd.DataFrame([ # the paper's own gains over a single model, in both versions
-    ('v1, December 2024', 'MATH', 49.50, 56.50, '+14.14 %', 'gain stated in the abstract, accuracy inferred'), ('v1, December 2024', 'GSM8K', 84.25, 90.25, '+7.12 %', 'likewise'), ('v1, December 2024', 'CSQA', 74.50, 81.50, '+9.40 %', 'likewise'),
-    ('v3, October 2025', 'MATH', 49.50, 57.25, '+15.66 %', 'stated'), ('v3, October 2025', 'GSM8K', 84.25, 90.50, '+7.42 %', 'stated'), ('v3, October 2025', 'CSQA', 74.50, 81.50, '+9.40 %', 'stated'),
-    ('v3, October 2025', 'GSM8K, Qwen-2.5-1.5B', 61.75, 74.50, '+20.65 %', 'stated')], columns=['version', 'benchmark', 'single model', 'MALT', 'relative gain', 'note'])
+    ('v1, December 2024', 'MATH', 49.50, 56.50, '+14.14 %', 'gain stated in the abstract, accuracy inferred'),
+    ('v1, December 2024', 'GSM8K', 84.25, 90.25, '+7.12 %', 'likewise'),
+    ('v1, December 2024', 'CSQA', 74.50, 81.50, '+9.40 %', 'likewise'),
+    ('v3, October 2025', 'MATH', 49.50, 57.25, '+15.66 %', 'stated'),
+    ('v3, October 2025', 'GSM8K', 84.25, 90.50, '+7.42 %', 'stated'),
+    ('v3, October 2025', 'CSQA', 74.50, 81.50, '+9.40 %', 'stated'),
+    ('v3, October 2025', 'GSM8K, Qwen-2.5-1.5B', 61.75, 74.50, '+20.65 %', 'stated')],
+                        columns=['version', 'benchmark', 'single model', 'MALT', 'relative gain', 'note'])
 
 # %% ../nbs/api/22_malt.ipynb #d21371af
 def tables(
@@ -653,8 +722,10 @@ def tables(
     paired = [step for step in steps if step.arm.name in ('malt', 'malt_generator_dpo')]
     flips = _mean([flip_rows(step) for step, _ in chains], 'flip')
     verdicts = pd.DataFrame([verdict_row(step) for step, _ in heard if V in step.arm.chain])
-    return {'training.csv': training_curves(paired), 'readouts.csv': _mean([by_turn_rows(step, r) for step, r in heard], 'readout'),
-            'flips.csv': None if flips is None else flips.rename(columns=dict(accuracy='share')), 'sweep.csv': _sweep(s, last),
+    return {'training.csv': training_curves(paired),
+            'readouts.csv': _mean([by_turn_rows(step, r) for step, r in heard], 'readout'),
+            'flips.csv': None if flips is None else flips.rename(columns=dict(accuracy='share')),
+            'sweep.csv': _sweep(s, last),
             'shown.parquet': _few_pairs(paired), 'tree.parquet': _one_tree(steps), 'verdicts.parquet': verdicts,
             'prompts.parquet': prompts.read('prompts') if prompts else None, 'calls.parquet': _calls(s, steps)}
 
@@ -662,7 +733,8 @@ def tables(
 def _mean(tables, what): # compact rows -> `arm, iteration, WHAT, accuracy, low, high, se, problems, seeds`
     if not tables: return None
     rows = pd.concat(tables, ignore_index=True)
-    return pd.concat([accuracy(own, by=('arm', 'iteration')).assign(**{what: name}) for name, own in rows.groupby(what)], ignore_index=True)
+    return pd.concat([accuracy(own, by=('arm', 'iteration')).assign(**{what: name}) for name,
+                      own in rows.groupby(what)], ignore_index=True)
 
 def _sweep(s, by_arm): # `setting, value, arm, accuracy, low, high, se, problems, seeds`; the arm that is varied stands at its own value
     at = dict(branching=s.branching[0], threshold=s.threshold, gap=s.gap, problems='as trained')
@@ -708,5 +780,6 @@ def _not_asked(turns): # contexts that did not fit into a window
     return int((~turns.read('cuts')['asked'].astype(bool)).sum())
 
 # %% ../nbs/api/22_malt.ipynb #348ed951
-MALT = Experiment('malt', PRESETS, ARMS, malt, shown_results, CORE, comparisons=COMPARISONS, claims=CLAIMS, figures=FIGURES,
+MALT = Experiment('malt', PRESETS, ARMS, malt, shown_results, CORE, comparisons=COMPARISONS, claims=CLAIMS,
+                  figures=FIGURES,
                   beyond=prompts_computed, tables=tables)

@@ -70,9 +70,12 @@ class MarsPO(Settings):
         self.check_one_of('order', 'reward', 'drawn')
         self.check_at_least_one('n_samples', 'n_evaluate', 'iterations', 'batch_size', 'reward_updates')
         if self.source == 'arithmetic': self.check_at_least_one('n_train')
-        if self.updates < 1 and self.epochs <= 0: raise ValueError('updates=0 goes by epochs, which must then be above 0')
-        if self.bias and self.order != 'reward': raise ValueError("bias is that of a reward, so it needs order='reward'")
-        if not self.verified and self.order != 'reward': raise ValueError("verified=False takes the best by reward, so it needs order='reward'")
+        if self.updates < 1 and self.epochs <= 0:
+            raise ValueError('updates=0 goes by epochs, which must then be above 0')
+        if self.bias and self.order != 'reward':
+            raise ValueError("bias is that of a reward, so it needs order='reward'")
+        if not self.verified and self.order != 'reward':
+            raise ValueError("verified=False takes the best by reward, so it needs order='reward'")
         if not 0 <= self.flipped <= 1: raise ValueError(f'flipped is a share, from 0 to 1, not {self.flipped}')
 
     def alpha(self, iteration:int)->float: # 1 is the first
@@ -81,13 +84,16 @@ class MarsPO(Settings):
 
     def selection(self, seed:int)->Selection: # of `mapo.pairs`
         "Which answers are learnt from, and how many."
-        return Selection(score='flipped' if self.flipped else 'correct', order='' if self.order == 'drawn' else 'biased' if self.bias else 'reward', verified=self.verified, missed=self.missed,
+        return Selection(score='flipped' if self.flipped else 'correct',
+                         order='' if self.order == 'drawn' else 'biased' if self.bias else 'reward',
+                         verified=self.verified, missed=self.missed,
                          n_positives=self.n_positives, n_negatives=self.n_negatives, n_pairs=self.n_pairs, seed=seed)
 
     @property
     def team(self)->Team:
         "The agents before training."
-        return Team('mars_po', [Agent(n, licensed(n, path, self.dtype), Role('generator', self.prompt)) for n, path in zip(_names(self.agents), self.agents)])
+        return Team('mars_po', [Agent(n, licensed(n, path, self.dtype), Role('generator', self.prompt)) for n,
+                                path in zip(_names(self.agents), self.agents)])
 
 # %% ../nbs/api/20_mars_po.ipynb #1d531861
 def _names(paths): # the last part of each path; numbered where a model sits twice
@@ -109,7 +115,8 @@ class MarsArm(Arm):
 def _no_nll(s): return dict(alpha_first=0., alpha_last=0.)
 def _one_iteration(s):
     alpha = (s.alpha_first+s.alpha_last)/2
-    return dict(iterations=1, updates=s.updates*s.iterations, epochs=s.epochs*s.iterations, alpha_first=alpha, alpha_last=alpha)
+    return dict(iterations=1, updates=s.updates*s.iterations, epochs=s.epochs*s.iterations, alpha_first=alpha,
+                alpha_last=alpha)
 def _ranked(s): return dict(verified=False)
 def _drawn(s): return dict(order='drawn')
 def _flipped(s): return dict(flipped=.15)
@@ -121,7 +128,8 @@ def _same(s): return dict(agents=s.same_agents)
 # %% ../nbs/api/20_mars_po.ipynb #b14cecf5
 ARMS = (
     MarsArm('base', label='base', color='#595959', marker='D'),
-    MarsArm('sft_own', own_positives, base='base', label='rejection sampling, missed problems', color='#7FBC41', marker='v'),
+    MarsArm('sft_own', own_positives, base='base', label='rejection sampling, missed problems', color='#7FBC41',
+            marker='v'),
     MarsArm('rejection', own_positives, changes=_every, base='base',
             label='rejection sampling, all problems', color='#4D9221', marker='<'),
     MarsArm('sft_hybrid', hybrid_positives, base='base', label='SFT, hybrid positives', color='#009E73', marker='^'),
@@ -164,14 +172,20 @@ _SUPERVISED = ('sft_own', 'sft_hybrid', 'sft_flipped', 'sft_hybrid_same')
 PRESETS = dict(
     smoke=MarsPO(n_train=24, n_dev=16, n_test=16, n_samples=4, n_evaluate=2, iterations=2, updates=3, reward_updates=3),
     tiny=MarsPO(learning_rates=dict(sft_own=3e-4, mars_po_one_iteration=1e-5)),
-    small=MarsPO(engine='auto', agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct', 'Qwen/Qwen2.5-0.5B-Instruct'),
+    small=MarsPO(engine='auto', agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct',
+                                        'Qwen/Qwen2.5-0.5B-Instruct'),
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,
-                 dtype='bfloat16', source='gsm8k', n_train=2000, n_dev=400, n_test=0, max_tokens=384, micro_batch_size=4, updates=120, learning_rate=1e-6,
-                 reward_init='HuggingFaceTB/SmolLM2-360M-Instruct', reward_updates=200, reward_learning_rate=1e-5, checkpoint_every=40, chunk_answers=1024),
+                 dtype='bfloat16', source='gsm8k', n_train=2000, n_dev=400, n_test=0, max_tokens=384,
+                 micro_batch_size=4, updates=120, learning_rate=1e-6,
+                 reward_init='HuggingFaceTB/SmolLM2-360M-Instruct', reward_updates=200, reward_learning_rate=1e-5,
+                 checkpoint_every=40, chunk_answers=1024),
     paper=MarsPO(engine='auto', gradient_checkpointing=True,
-                 agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl', 'meta-llama/Llama-3.1-8B-Instruct'),
-                 same_agents=('meta-llama/Llama-3.1-8B-Instruct',)*3, prompt=_BOXED, dtype='bfloat16', source='gsm8k+math',
-                 n_train=0, n_dev=500, n_test=0, max_tokens=1536, micro_batch_size=1, updates=0, epochs=1., learning_rate=7e-7,
+                 agents=('Qwen/Qwen2.5-Math-7B-Instruct', 'deepseek-ai/deepseek-math-7b-rl',
+                         'meta-llama/Llama-3.1-8B-Instruct'),
+                 same_agents=('meta-llama/Llama-3.1-8B-Instruct',)*3, prompt=_BOXED, dtype='bfloat16',
+                 source='gsm8k+math',
+                 n_train=0, n_dev=500, n_test=0, max_tokens=1536, micro_batch_size=1, updates=0, epochs=1.,
+                 learning_rate=7e-7,
                  learning_rates=dict.fromkeys(_SUPERVISED, 1e-5), reward_model='Qwen/Qwen2.5-Math-RM-72B',
                  checkpoint_every=50, chunk_answers=1024))
 
@@ -194,17 +208,21 @@ def mars_po(
         scores = credit(run, s, turns, graded, problems, ranker, seed)
         fits = [learn(run, s, arm, team[a.name], a.model, turns, scores, t, seed) for a in initial]
         check_fits(arm, fits)
-        team = team.with_models({f.learner: trained(initial[f.learner].model, f.training, s.lora_rank > 0) for f in fits if f.training})
+        team = team.with_models({f.learner: trained(initial[f.learner].model, f.training, s.lora_rank > 0) for f in fits
+                                 if f.training})
         learnt = [ranker, *fits] if t == 1 and ranker and ranker.training else fits
-        steps.append(Step(arm, seed, t, problems, measure(run, s, team, problems, split, t, seed), team, turns, scores, tuple(learnt),
+        steps.append(Step(arm, seed, t, problems, measure(run, s, team, problems, split, t, seed), team, turns, scores,
+                          tuple(learnt),
                           dict(reward_model=ranked_by(s, ranker))))
     return steps
 
 # %% ../nbs/api/20_mars_po.ipynb #4c983dbc
-def answers(run:Run, s:MarsPO, team:Team, problems:Artifact, purpose:str, iteration:int, seed:int, split:str='train')->tuple[Artifact,Artifact]:
+def answers(run:Run, s:MarsPO, team:Team, problems:Artifact, purpose:str, iteration:int, seed:int,
+            split:str='train')->tuple[Artifact,Artifact]:
     "The team's answers to a split and their grades; `purpose` is 'train', 'evaluate' or 'greedy'."
     n = dict(train=s.n_samples, evaluate=s.n_evaluate, greedy=1)[purpose]
-    turns = run.stage(sample_alone, problems=problems.where(split=split), team=team, n=n, purpose=purpose, iteration=iteration,
+    turns = run.stage(sample_alone, problems=problems.where(split=split), team=team, n=n, purpose=purpose,
+                      iteration=iteration,
                       seed=seed, **s.sampling(purpose == 'greedy'))
     return turns, run.stage(grade, turns=turns, problems=problems)
 
@@ -223,7 +241,8 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
 def ranked_by(s:MarsPO, ranker:Fit|None): # a `Model`, or None where positives are not ranked
     "The reward model that ranks positives: the given one, or the one that was trained."
     if s.order != 'reward': return None
-    return trained(licensed('reward', s.reward_init), ranker.training) if ranker else licensed('reward', s.reward_model, s.dtype)
+    return trained(licensed('reward', s.reward_init), ranker.training) if ranker else licensed('reward', s.reward_model,
+                                                                                               s.dtype)
 
 # %% ../nbs/api/20_mars_po.ipynb #1b44d5e4
 def _graded(run, s, graded, seed): # the grades that the method may see
@@ -238,7 +257,8 @@ def credit(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Artifact
     return *scores, run.stage(bias_rewards, turns=(turns, scores[-1]), towards=s.bias, strength=s.bias_strength)
 
 # %% ../nbs/api/20_mars_po.ipynb #685f232e
-def learn(run:Run, s:MarsPO, arm:MarsArm, agent:Agent, initial, turns:Artifact, scores:tuple, iteration:int, seed:int)->Fit:
+def learn(run:Run, s:MarsPO, arm:MarsArm, agent:Agent, initial, turns:Artifact, scores:tuple, iteration:int,
+          seed:int)->Fit:
     "Choose what one agent learns from, and train it on that."
     data = run.stage(arm.data, turns=(turns, *scores), contexts=turns, agent=agent.name, selection=s.selection(seed))
     start,reference = (initial if which == 'initial' else agent.model for which in (s.init, s.reference))
@@ -249,7 +269,8 @@ def learn(run:Run, s:MarsPO, arm:MarsArm, agent:Agent, initial, turns:Artifact, 
 # %% ../nbs/api/20_mars_po.ipynb #1d9cf3f7
 def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteration:int, seed:int)->dict: # purpose -> (turns, grades)
     "Let a team answer the problems it is judged by."
-    return {purpose: answers(run, s, team, problems, purpose, iteration, seed, split) for purpose in ('evaluate', 'greedy')}
+    return {purpose: answers(run, s, team, problems, purpose, iteration, seed, split)
+            for purpose in ('evaluate', 'greedy')}
 
 # %% ../nbs/api/20_mars_po.ipynb #5fb07a9c
 COMPARISONS = [['mars_po', 'base'], ['mars_po', 'sft_own'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'],
@@ -287,7 +308,8 @@ CLAIMS = [
 # %% ../nbs/api/20_mars_po.ipynb #c1edeb0b
 FIGURES = dict(
     accuracy=['sft_own', 'rejection', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
-    ablations=['mars_po', 'mars_po_no_nll', 'mars_po_pooled', 'mars_po_one_iteration', 'mars_po_ranked', 'mars_po_random', 'mars_po_long', 'mars_po_favourite',
+    ablations=['mars_po', 'mars_po_no_nll', 'mars_po_pooled', 'mars_po_one_iteration', 'mars_po_ranked',
+               'mars_po_random', 'mars_po_long', 'mars_po_favourite',
                'sft_flipped', 'mars_po_flipped'],
     same=['sft_hybrid', 'dpo_nll', 'mars_po', 'sft_hybrid_same', 'dpo_nll_same', 'mars_po_same'],
     agents=['sft_own', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
@@ -304,7 +326,8 @@ def reward_scores(
     for step in steps:
         model = step.more.get('reward_model')
         if model: first.setdefault(model, step)
-    return [(step, run.stage(reward, turns=_first_answers(steps, step)[0], problems=step.problems, scorer=Scoring(model, s.serving())))
+    return [(step, run.stage(reward, turns=_first_answers(steps, step)[0], problems=step.problems,
+                             scorer=Scoring(model, s.serving())))
             for model, step in first.items()]
 
 def _first_answers(steps, step): # of the arm's team before training: turns and grades
@@ -322,7 +345,8 @@ def judge_rewards(
         turns,graded = _first_answers(steps, step)
         flawless = _flawless(s, step.problems.read('problems'))
         table = scored(turns, graded, scores)
-        judged = reward_table(table.assign(flawless=(table.text == table.problem_id.map(flawless)).astype(int)), 'flawless')
+        judged = reward_table(table.assign(flawless=(table.text == table.problem_id.map(flawless)).astype(int)),
+                              'flawless')
         judged = judged if flawless else judged[:1]
         judged.insert(0, 'arm', step.arm.name)
         judged.insert(1, 'seed', step.seed)
@@ -350,7 +374,8 @@ def tables(
 def _few_pairs(pairs, n=2): # of Mars-PO's first iteration, those whose chosen answer is a colleague's
     first = pairs[(pairs.arm == 'mars_po') & (pairs.iteration == 1)]
     if len(first): first = first[first.seed == first.seed.iloc[0]]
-    kept = [own[own.chosen_agent != own.agent].drop_duplicates('problem_id').head(n) for _, own in first.groupby('agent', sort=False)]
+    kept = [own[own.chosen_agent != own.agent].drop_duplicates('problem_id').head(n) for _,
+            own in first.groupby('agent', sort=False)]
     return pd.concat(kept or [first], ignore_index=True)
 
 # %% ../nbs/api/20_mars_po.ipynb #98436639
@@ -363,13 +388,16 @@ def _selected(s, steps): # `arm, seed, iteration, source_agent, candidates, sele
             candidates = winners(turns, who, replace(selection, n_positives=0)).table
             taken = candidates.turn_id.isin(winners(turns, who, selection).table.turn_id)
             found.append(_by_source(candidates, taken).assign(**step.at()))
-    columns = ['arm', 'seed', 'iteration', 'source_agent', 'candidates', 'selected', 'candidate_tokens', 'selected_tokens']
+    columns = ['arm', 'seed', 'iteration', 'source_agent', 'candidates', 'selected', 'candidate_tokens',
+               'selected_tokens']
     return pd.concat(found, ignore_index=True)[columns] if found else None
 
 def _by_source(found, taken): # weighted candidates and those taken, a row per source agent
     weight = taken.groupby(found.problem_id).transform('mean')
-    sums = pd.DataFrame(dict(source_agent=found.agent, candidates=weight, selected=taken.astype(float), candidate_tokens=weight*found.completion_tokens,
-                             selected_tokens=taken*found.completion_tokens)).groupby('source_agent', as_index=False).sum()
+    sums = pd.DataFrame(dict(source_agent=found.agent, candidates=weight, selected=taken.astype(float),
+                             candidate_tokens=weight*found.completion_tokens,
+                             selected_tokens=taken*found.completion_tokens)).groupby('source_agent',
+                                                                                     as_index=False).sum()
     sums['candidate_tokens'] /= sums['candidates']
     sums['selected_tokens'] /= sums['selected'].where(sums['selected'] > 0)
     return sums.astype(dict(selected=int))

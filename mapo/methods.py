@@ -23,9 +23,12 @@ from .runs import Artifact, Draft, accelerator, vllm_version
 
 # %% ../nbs/api/18_methods.ipynb #6c5d7863
 LICENCES = { # of the presets' models
-    'Qwen/Qwen2.5-Math-7B-Instruct': 'Apache-2.0', 'deepseek-ai/deepseek-math-7b-rl': 'DeepSeek licence', 'meta-llama/Llama-3.1-8B-Instruct': 'Llama 3.1 licence',
-    'Qwen/Qwen2.5-Math-RM-72B': 'Qwen licence', 'HuggingFaceTB/SmolLM2-135M-Instruct': 'Apache-2.0', 'HuggingFaceTB/SmolLM2-360M-Instruct': 'Apache-2.0',
-    'Qwen/Qwen2.5-0.5B-Instruct': 'Apache-2.0', 'microsoft/Phi-3-mini-128k-instruct': 'MIT', 'mistralai/Mistral-7B-Instruct-v0.2': 'Apache-2.0',
+    'Qwen/Qwen2.5-Math-7B-Instruct': 'Apache-2.0', 'deepseek-ai/deepseek-math-7b-rl': 'DeepSeek licence',
+    'meta-llama/Llama-3.1-8B-Instruct': 'Llama 3.1 licence',
+    'Qwen/Qwen2.5-Math-RM-72B': 'Qwen licence', 'HuggingFaceTB/SmolLM2-135M-Instruct': 'Apache-2.0',
+    'HuggingFaceTB/SmolLM2-360M-Instruct': 'Apache-2.0',
+    'Qwen/Qwen2.5-0.5B-Instruct': 'Apache-2.0', 'microsoft/Phi-3-mini-128k-instruct': 'MIT',
+    'mistralai/Mistral-7B-Instruct-v0.2': 'Apache-2.0',
     'meta-llama/Meta-Llama-3-8B': 'Llama 3 licence', 'Qwen/Qwen2.5-1.5B': 'Apache-2.0'}
 
 def licensed(
@@ -103,15 +106,20 @@ class Compute:
         for name in ('tensor_parallel', 'data_parallel', 'processes'):
             if getattr(self, name) < 1: raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}')
         for name, known in dict(engine=('transformers', 'vllm', 'auto'), launch=('', 'ddp', 'fsdp', 'zero3')).items():
-            if getattr(self, name) not in known: raise ValueError(f"there is no {name} {getattr(self, name)!r}: there are {', '.join(map(repr, known))}")
-        if self.processes > 1 and not self.launch: raise ValueError(f"processes={self.processes} need a launch ('ddp', 'fsdp' or 'zero3'): '' trains in this process alone")
-        if self.quantized and not self.lora_rank: raise ValueError('quantized keeps a base in 4 bits under an adapter: set lora_rank to its rank')
+            if getattr(self, name) not in known:
+                raise ValueError(f"there is no {name} {getattr(self, name)!r}: there are {', '.join(map(repr, known))}")
+        if self.processes > 1 and not self.launch:
+            raise ValueError(f"processes={self.processes} need a launch ('ddp', 'fsdp' or 'zero3'): '' trains in this "
+                             f"process alone")
+        if self.quantized and not self.lora_rank:
+            raise ValueError('quantized keeps a base in 4 bits under an adapter: set lora_rank to its rank')
 
     def serving(self)->Serving:
         "The engine on this machine; what `auto` chose is said."
         version = vllm_version()
         there = version and not version.endswith('(cpu)') and accelerator()
-        chosen = Serving('vllm', version, self.tensor_parallel, self.data_parallel) if self.engine == 'vllm' or self.engine == 'auto' and there else Serving(token_budget=self.token_budget)
+        chosen = Serving('vllm', version, self.tensor_parallel,
+                         self.data_parallel) if self.engine == 'vllm' or self.engine == 'auto' and there else Serving(token_budget=self.token_budget)
         if self.engine == 'auto': _say_once(f'engine auto: {chosen}')
         return chosen
 
@@ -121,7 +129,8 @@ class Compute:
 
     def weights(self)->dict:
         "Which weights are trained, and how they fit: settings of an objective."
-        return dict(lora_rank=self.lora_rank) | {name: True for name in ('quantized', 'gradient_checkpointing') if getattr(self, name)}
+        return dict(lora_rank=self.lora_rank) | {name: True for name in ('quantized', 'gradient_checkpointing')
+                                                 if getattr(self, name)}
 
 # %% ../nbs/api/18_methods.ipynb #c39d380f
 @lru_cache
@@ -156,23 +165,30 @@ def benchmark(
     seed:int,    # of the draw
 )->pd.DataFrame: # problems of all three splits
     "Train, dev and test problems of public benchmarks."
-    train,test = (pd.concat([_half(name, split, data) for name in source.split('+')], ignore_index=True) for split in ('train', 'test'))
+    train,test = (pd.concat([_half(name, split, data) for name in source.split('+')], ignore_index=True)
+                  for split in ('train', 'test'))
     test = split_problems(test, 0, 0, n_test or len(test), seed)
     pool = drop_leaks(pd.concat([train, test], ignore_index=True)).query("split == 'train'")
     return pd.concat([split_problems(pool, n_train or len(pool)-n_dev, n_dev, 0, seed), test], ignore_index=True)
 
 def _half(source, split, data): # the train or the test set of one benchmark
-    load = dict(gsm8k=problems.gsm8k, math=problems.math_problems, commonsense_qa=problems.commonsense_qa, mmlu=problems.mmlu)
+    load = dict(gsm8k=problems.gsm8k, math=problems.math_problems, commonsense_qa=problems.commonsense_qa,
+                mmlu=problems.mmlu)
     name,_,levels = source.partition(':')
-    if name not in load or levels and name != 'math': raise ValueError(f"there is no problem source {source!r}: there are arithmetic, {', '.join(load)}, math:1-3 for levels of MATH, and sums such as gsm8k+math")
+    if name not in load or levels and name != 'math':
+        raise ValueError(f"there is no problem source {source!r}: there are arithmetic, {', '.join(load)}, math:1-3 "
+                         f"for "
+                         f"levels of MATH, and sums such as gsm8k+math")
     folder = Path(data)/name if data and (Path(data)/name).is_dir() else Path(data)
     known = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split) # CommonsenseQA's test answers are secret; MMLU's train set comes from other benchmarks
-    table = load[name](known, folder/f'{split}.jsonl' if data else None, **(dict(levels=_levels(source, levels)) if levels else {}))
+    table = load[name](known, folder/f'{split}.jsonl' if data else None,
+                       **(dict(levels=_levels(source, levels)) if levels else {}))
     return table.assign(split=split)
 
 def _levels(source, text):
     first,_,last = text.partition('-')
-    if not (first.isdigit() and (last or first).isdigit()): raise ValueError(f"problem source {source!r}: levels are written like math:1-3")
+    if not (first.isdigit() and (last or first).isdigit()):
+        raise ValueError(f"problem source {source!r}: levels are written like math:1-3")
     return tuple(range(int(first), int(last or first)+1))
 
 # %% ../nbs/api/18_methods.ipynb #3c441776

@@ -78,7 +78,8 @@ class MultiagentFT(Settings):
         self.check_one_of('init', 'initial', 'previous')
         self.check_at_least_one('seats', 'rounds', 'n_train', 'iterations', 'batch_size', 'n_diversity')
         if not 0 <= self.corrected <= 1: raise ValueError(f'corrected is a share, from 0 to 1, not {self.corrected}')
-        if self.updates < 1 and self.epochs <= 0: raise ValueError('updates=0 goes by epochs, which must then be above 0')
+        if self.updates < 1 and self.epochs <= 0:
+            raise ValueError('updates=0 goes by epochs, which must then be above 0')
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #4d553775
 class Speakers(NamedTuple):
@@ -139,7 +140,8 @@ ARMS = (
               label='majority vote', color='#8C8C8C', marker='s'),
     DebateArm('debate', base='base',
               label='debate', color='#6A4C93', marker='p'),
-    DebateArm('star', 'vote', 'one', debated=False, score='correct', changes=lambda s: dict(init='initial'), base='majority',
+    DebateArm('star', 'vote', 'one', debated=False, score='correct', changes=lambda s: dict(init='initial'),
+              base='majority',
               label='STaR', color='#7FBC41', marker='<'),
     DebateArm('majority_ft', 'vote', 'one', debated=False, base='majority',
               label='majority FT', color='#009E73', marker='>'),
@@ -185,8 +187,10 @@ ARMS = (
               label='Multiagent FT, critics untuned', color='#AD1457', marker='<'),
     DebateArm('multiagent_ft_critics', models='critics', changes=_once(), base='debate',
               label='Multiagent FT, generators untuned', color='#AD1457', marker='>'),
-    *(DebateArm(f'multiagent_ft_w_{round(100*w)}', models='each', changes=_once(corrected=w), base='debate', variant_of='multiagent_ft',
-                sweep=('corrected', round(w, 2)), label=f'Multiagent FT, w = {w:.2g}', color='#EC407A', marker='^') for w in (0., 1/3, 1.)),
+    *(DebateArm(f'multiagent_ft_w_{round(100*w)}', models='each', changes=_once(corrected=w), base='debate',
+                variant_of='multiagent_ft',
+                sweep=('corrected', round(w, 2)), label=f'Multiagent FT, w = {w:.2g}', color='#EC407A', marker='^')
+      for w in (0., 1/3, 1.)),
     DebateArm('multiagent_ft_all_turns', models='each', changes=_once(critic_turns='all agreeing'), base='debate',
               label="Multiagent FT, all of critics' agreeing turns", color='#EC407A', marker='h'),
     DebateArm('majority_nine', 'vote', changes=_once(voters=9), base='base',
@@ -198,29 +202,46 @@ CORE = ('base', 'majority', 'debate', 'majority_ft', 'single_agent', 'multiagent
 # %% ../nbs/api/21_multiagent_ft.ipynb #96d4abc8
 _WORDS = dict(engine='auto',
     prompt='{question}\n\nReason step by step, briefly, and end with the final answer in \\boxed{{}}.',
-    critic_prompt='This is how others answered:\n\n{others}Take what helps from their reasoning, solve the problem again step by step, and end with the final answer in \\boxed{{}}.',
-    reader_prompt='This is a summary of how others answered:\n\n{summary}\n\nTake what helps from it, solve the problem again step by step, and end with the final answer in \\boxed{{}}.',
-    summarizer_prompt='Several people answered a question.\n\nQuestion: {question}\n\n{others}Sum up which answers they gave and how each of them was reached.',
-    judge_prompt='Somebody else answered differently:\n\n{others}One of you may be wrong. Check both answers step by step, and end with the one that is right in \\boxed{{}}.',
-    cooperative_prompt='These are the drafts of your group, yours among them:\n\n{drafts}Build on them: put together one complete solution, and end with the final answer in \\boxed{{}}.',
+    critic_prompt='This is how others answered:\n\n{others}Take what helps from their reasoning, solve the problem '
+                  'again '
+                  'step by step, and end with the final answer in \\boxed{{}}.',
+    reader_prompt='This is a summary of how others answered:\n\n{summary}\n\nTake what helps from it, solve the '
+                  'problem '
+                  'again step by step, and end with the final answer in \\boxed{{}}.',
+    summarizer_prompt='Several people answered a question.\n\nQuestion: {question}\n\n{others}Sum up which answers '
+                      'they '
+                      'gave and how each of them was reached.',
+    judge_prompt='Somebody else answered differently:\n\n{others}One of you may be wrong. Check both answers step by '
+                 'step, and end with the one that is right in \\boxed{{}}.',
+    cooperative_prompt='These are the drafts of your group, yours among them:\n\n{drafts}Build on them: put together '
+                       'one '
+                       'complete solution, and end with the final answer in \\boxed{{}}.',
     quote='One answer:\n```\n{answer}\n```\n\n',
     unique_ids='You are {kind}{seat}, one of several who work on this problem.\n\n')
 
-_PAPER = MultiagentFT(**_WORDS | dict(unique_ids='', gradient_checkpointing=True), model='microsoft/Phi-3-mini-128k-instruct', dtype='bfloat16', source='math:1-3', n_train=500, n_dev=200, n_test=500, transfer='gsm8k', n_transfer=1000,
-    iterations=5, top_p=.9, max_tokens=2048, updates=0, epochs=2., batch_size=192, micro_batch_size=3, learning_rate=1e-5, warmup=.03, schedule='cosine', n_diversity=100,
+_PAPER = MultiagentFT(**_WORDS | dict(unique_ids='', gradient_checkpointing=True),
+                      model='microsoft/Phi-3-mini-128k-instruct', dtype='bfloat16', source='math:1-3', n_train=500,
+                      n_dev=200, n_test=500, transfer='gsm8k', n_transfer=1000,
+    iterations=5, top_p=.9, max_tokens=2048, updates=0, epochs=2., batch_size=192, micro_batch_size=3,
+                      learning_rate=1e-5, warmup=.03, schedule='cosine', n_diversity=100,
     checkpoint_every=50, chunk_answers=512)
 
 PRESETS = dict(
     smoke=MultiagentFT(n_train=16, n_dev=8, n_test=8, n_transfer=4, n_diversity=4, iterations=1, updates=2),
-    tiny=MultiagentFT(learning_rates=dict.fromkeys(('single_agent', 'single_agent_alone', 'single_agent_total', 'single_agent_hot'), 3e-5) | dict.fromkeys(('debate_dpo', 'debate_dpo_majority'), 1e-5)),
-    small=MultiagentFT(**_WORDS | dict(unique_ids=''), model='Qwen/Qwen2.5-0.5B-Instruct', dtype='bfloat16', form='a+b*c+d-e*f', low=0, high=29, question='What is {expression}?',
-                       n_train=500, n_dev=200, n_test=500, transfer='gsm8k', n_transfer=500, max_tokens=384, updates=0, micro_batch_size=4, learning_rate=1e-5, lora_rank=16, checkpoint_every=20, chunk_answers=1024),
+    tiny=MultiagentFT(learning_rates=dict.fromkeys(('single_agent', 'single_agent_alone', 'single_agent_total',
+                                                    'single_agent_hot'),
+                                                   3e-5) | dict.fromkeys(('debate_dpo', 'debate_dpo_majority'), 1e-5)),
+    small=MultiagentFT(**_WORDS | dict(unique_ids=''), model='Qwen/Qwen2.5-0.5B-Instruct', dtype='bfloat16',
+                       form='a+b*c+d-e*f', low=0, high=29, question='What is {expression}?',
+                       n_train=500, n_dev=200, n_test=500, transfer='gsm8k', n_transfer=500, max_tokens=384, updates=0,
+                       micro_batch_size=4, learning_rate=1e-5, lora_rank=16, checkpoint_every=20, chunk_answers=1024),
     paper=_PAPER,
     paper_mistral=replace(_PAPER, model='mistralai/Mistral-7B-Instruct-v0.2'),
     paper_llama=replace(_PAPER, model='meta-llama/Meta-Llama-3-8B'),
     paper_math=replace(_PAPER, source='math', transfer='', n_transfer=0),
     paper_thousand=replace(_PAPER, source='gsm8k', n_train=1000, n_test=1000, transfer='', n_transfer=0),
-    paper_arithmetic=replace(_PAPER, source='arithmetic', form='a+b*c+d-e*f', low=0, high=29, question='What is {expression}?'),
+    paper_arithmetic=replace(_PAPER, source='arithmetic', form='a+b*c+d-e*f', low=0, high=29,
+                             question='What is {expression}?'),
     paper_mmlu=replace(_PAPER, source='mmlu', transfer='', n_transfer=0))
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #b7a843a6
@@ -238,16 +259,22 @@ def multiagent_ft(
     for t in range(1, s.iterations+1):
         turns = discuss(run, s, team, problems, 'train', 'train', t, seed, s.rounds if arm.debated else 1)
         scores = credit(run, s, arm, team, turns, problems, seed)
-        fits = [learn(run, s, arm, team, name, agents, turns, scores, seed) for name, agents in learners(s, arm).items()]
-        team = team.with_models({a: model for f in fits if f.training for a, model in receivers(s, arm, team, f).items()})
-        steps.append(Step(arm, seed, t, problems, *measure(run, s, team, problems, split, t, seed), turns, scores, tuple(fits)))
+        fits = [learn(run, s, arm, team, name, agents, turns, scores, seed) for name,
+                agents in learners(s, arm).items()]
+        team = team.with_models({a: model for f in fits if f.training for a,
+                                 model in receivers(s, arm, team, f).items()})
+        steps.append(Step(arm, seed, t, problems, *measure(run, s, team, problems, split, t, seed), turns, scores,
+                          tuple(fits)))
     return steps
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #a3f05839
-def discuss(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, purpose:str, iteration:int, seed:int, rounds:int)->Artifact:
+def discuss(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, purpose:str, iteration:int, seed:int,
+            rounds:int)->Artifact:
     "A debate about every problem of a split."
-    return run.stage(debate, problems=problems.where(split=split), generators=team.generators, critics=team.critics, rounds=rounds,
-                     summarizer=team.summarizer if rounds > 1 else None, purpose=purpose, iteration=iteration, seed=seed, **s.sampling())
+    return run.stage(debate, problems=problems.where(split=split), generators=team.generators, critics=team.critics,
+                     rounds=rounds,
+                     summarizer=team.summarizer if rounds > 1 else None, purpose=purpose, iteration=iteration,
+                     seed=seed, **s.sampling())
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #c4358220
 def credit(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, turns:Artifact, problems:Artifact, seed:int)->tuple:
@@ -255,7 +282,8 @@ def credit(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, turns:Artifact
     voted = run.stage(majority, turns=turns, problems=problems, seed=seed)
     if arm.score == 'correct': return voted, run.stage(grade, turns=turns, problems=problems)
     if arm.pairs != 'preferred': return (voted,)
-    judged = run.stage(judge_pairs, turns=(turns, voted), contexts=turns, problems=problems, critics=judges(s, team), seed=seed, **s.sampling())
+    judged = run.stage(judge_pairs, turns=(turns, voted), contexts=turns, problems=problems, critics=judges(s, team),
+                       seed=seed, **s.sampling())
     return voted, judged
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #ca233064
@@ -268,7 +296,8 @@ def learners(
     agents = generators + (critics if arm.debated and s.rounds > 1 else [])
     each = {a: (a,) for a in agents}
     of = lambda kind: {a: own for a, own in each.items() if a.startswith(kind)}
-    return dict(each=each, generators=of('gen'), critics=of('crit'), seats={f'seat-{i+1}': (g,) for i, g in enumerate(generators)}, one={'one': tuple(agents)},
+    return dict(each=each, generators=of('gen'), critics=of('crit'),
+                seats={f'seat-{i+1}': (g,) for i, g in enumerate(generators)}, one={'one': tuple(agents)},
                 first={'one': ('gen-1',)})[arm.models]
 
 def receivers(
@@ -279,7 +308,8 @@ def receivers(
 )->dict[str,Model]: # agent -> its new model
     "Who speaks with a trained model from now on."
     name = found.learner
-    own = dict.fromkeys(('each', 'generators', 'critics'), [name]) | dict(seats=[f'{kind}-{name[5:]}' for kind in ('gen', 'crit')])
+    own = dict.fromkeys(('each', 'generators', 'critics'),
+                        [name]) | dict(seats=[f'{kind}-{name[5:]}' for kind in ('gen', 'crit')])
     speakers = own.get(arm.models, list(team.agents))
     return {a: replace(trained(team.base, found.training, s.lora_rank > 0), name=name) for a in speakers}
 
@@ -322,11 +352,14 @@ def worth_learning(
     return Built(built.table, counts[['agent', 'part', 'fate', 'count']])
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #5aab6331
-def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agents:tuple, turns:Artifact, scores:tuple, seed:int)->Fit:
+def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agents:tuple, turns:Artifact, scores:tuple,
+          seed:int)->Fit:
     "Choose what one model learns from, and train it on that."
-    agent = name if arm.models in ('each', 'generators', 'critics') else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
+    agent = name if arm.models in ('each', 'generators',
+                                   'critics') else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
     start = team.base if s.init == 'initial' else team.agents[agent].model
-    how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate, warmup=s.warmup,
+    how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate,
+                                         warmup=s.warmup,
                                          schedule=s.schedule, max_length=s.max_length, seed=seed)
     if arm.pairs and name.startswith('gen'):
         selection = Selection(score=arm.pairs, n_positives=0, n_negatives=0, n_pairs=0, seed=seed)
@@ -339,7 +372,8 @@ def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agent
     return fit(run, s, name, SFT(**how), start, data)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #57cc455d
-def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, iteration:int, seed:int)->tuple[dict,Speakers]: # artifacts by name, and who spoke
+def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str, iteration:int,
+            seed:int)->tuple[dict,Speakers]: # artifacts by name, and who spoke
     "Let the agents debate the problems they are judged by."
     if s.one_generator: team = team.with_models({a.name: team.generators.agents[0].model for a in team.generators})
     if s.voters: s,team = replace(s, rounds=1),crowd(s, team)
@@ -358,7 +392,8 @@ def crowd(s:MultiagentFT, team:Speakers)->Speakers:
 # %% ../nbs/api/21_multiagent_ft.ipynb #2c3642f6
 def judges(s:MultiagentFT, team:Speakers)->Team:
     "The critics, told to compare."
-    return replace(team.critics, agents=tuple(replace(c, role=Role('judge', (s.unique_ids.format(kind='CRIT', seat=i+1))+s.judge_prompt, quote=s.quote)) for i, c in enumerate(team.critics)))
+    return replace(team.critics, agents=tuple(replace(c, role=Role('judge', (s.unique_ids.format(kind='CRIT',
+                                                                                                 seat=i+1))+s.judge_prompt, quote=s.quote)) for i, c in enumerate(team.critics)))
 
 def disputes(
     turns:pd.DataFrame,    # a debate's, with `answer`
@@ -369,16 +404,20 @@ def disputes(
     first = first.assign(answer=canonical_answers(first, problems))[['problem_id', 'turn_id', 'seat', 'answer']]
     both = first.merge(first, on='problem_id', suffixes=('', '_other'))
     both = both[both['answer'] != both['answer_other']]
-    return both.rename(columns=dict(turn_id='first', turn_id_other='second'))[['problem_id', 'first', 'second', 'seat', 'seat_other', 'answer', 'answer_other']].reset_index(drop=True)
+    return both.rename(columns=dict(turn_id='first', turn_id_other='second'))[['problem_id', 'first', 'second', 'seat',
+                                                                               'seat_other', 'answer',
+                                                                               'answer_other']].reset_index(drop=True)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #576cffdc
 def preferences(
     judged:pd.DataFrame, # `first, second, verdict`: the id of the turn that was preferred, None where neither was; each pair in both orders
 )->pd.Series: # turn id -> share of consistent comparisons won
     "What judgements say about each turn that was compared."
-    table = judged.assign(pair=[tuple(sorted(p)) for p in zip(judged['first'], judged['second'])]).dropna(subset='verdict')
+    table = judged.assign(pair=[tuple(sorted(p)) for p in zip(judged['first'],
+                                                              judged['second'])]).dropna(subset='verdict')
     alike = table.groupby('pair')['verdict'].agg(['nunique', 'size', 'first']).query('nunique == 1 and size == 2')
-    won = pd.DataFrame([(t, float(t == row['first'])) for pair, row in alike.iterrows() for t in pair], columns=['turn_id', 'won'])
+    won = pd.DataFrame([(t, float(t == row['first'])) for pair, row in alike.iterrows() for t in pair],
+                       columns=['turn_id', 'won'])
     return won.groupby('turn_id')['won'].mean()
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #8cf3385a
@@ -407,11 +446,13 @@ def judge_pairs(
     said = sample_rounds([ask], engines, sampling, answers, map_chunks).turns
     judged = asked.assign(verdict=_verdicts(asked, said, table))
     won = own['turn_id'].map(preferences(judged)).to_numpy(float)
-    return Judged(score_rows(own, 'preferred', 'critics-1', value=won), judged[['problem_id', 'first', 'second', 'verdict']], said)
+    return Judged(score_rows(own, 'preferred', 'critics-1', value=won),
+                  judged[['problem_id', 'first', 'second', 'verdict']], said)
 
 def _verdicts(asked, said, problems): # the id of the turn that each comparison ends with, None where it is neither
     said = with_scores(said, read_answers(said, problems), 'answer') if len(said) else said.assign(answer=None)
-    pairs = said.assign(first=said['parent_ids'].str[0], second=said['parent_ids'].str[1])[['first', 'second', 'answer']]
+    pairs = said.assign(first=said['parent_ids'].str[0],
+                        second=said['parent_ids'].str[1])[['first', 'second', 'answer']]
     found = asked.merge(pairs.rename(columns=dict(answer='said')), how='left', on=['first', 'second'])
     columns = ['answer', 'answer_other', 'said'] # in one writing
     together = [found[['problem_id', name]].set_axis(['problem_id', 'answer'], axis=1) for name in columns]
@@ -429,7 +470,8 @@ def read_out(
 )->pd.DataFrame: # `readout, problem_id, n, c`: answers by which a problem is judged, and how many are right
     "How a debate's first answers, their vote and the last vote did."
     turns = turns[answering(turns)]
-    first = turns[turns['round'] == 0].groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index().assign(readout='alone')
+    first = turns[turns['round']
+                  == 0].groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index().assign(readout='alone')
     right = turns.assign(answer=canonical_answers(turns, problems)).groupby(['problem_id', 'answer'])['correct'].max()
     voted = votes.assign(n=1, c=[right.get((p, a), 0.) for p, a in zip(votes['problem_id'], votes['answer'])])
     ends = {'vote': voted[voted['round'] == 0], 'debate': voted[voted['round'] == voted['round'].max()]}
@@ -443,8 +485,10 @@ def readouts(
     "The rows of every readout of one iteration."
     measured,table = step.measured,step.problems.read('problems')
     rows = read_out(_spoken(measured['turns'], measured['graded']), measured['voted'].read('votes'), table)
-    greedy = _spoken(measured['greedy'], measured['greedy_graded']).groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index()
-    rows = pd.concat([rows, greedy.assign(readout='alone, greedy')], ignore_index=True).rename(columns=dict(readout='agent'))
+    greedy = _spoken(measured['greedy'],
+                     measured['greedy_graded']).groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index()
+    rows = pd.concat([rows, greedy.assign(readout='alone, greedy')],
+                     ignore_index=True).rename(columns=dict(readout='agent'))
     return rows.assign(**step.at(), greedy=float('nan'))
 
 def results(s:MultiagentFT, step:Step)->pd.DataFrame: # compact rows
@@ -497,11 +541,13 @@ def diversity(run:Run, s:MultiagentFT, step:Step)->Artifact:
     "The diversity of one iteration's evaluation debate."
     models = {a: agent.model for a, agent in step.team.agents.items()}
     said = step.measured['turns']
-    return run.stage(measure_diversity, turns=(said, step.measured['voted']), contexts=said, problems=step.problems, models=models,
+    return run.stage(measure_diversity, turns=(said, step.measured['voted']), contexts=said, problems=step.problems,
+                     models=models,
                      base=step.team.base, n=s.n_diversity, encoder=s.encoder)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #44181915
-COMPARISONS = [['multiagent_ft', other] for other in ('debate', 'majority_ft', 'star', 'single_agent', 'single_agent_total')]
+COMPARISONS = [['multiagent_ft', other] for other in ('debate', 'majority_ft', 'star', 'single_agent',
+                                                      'single_agent_total')]
 CLAIMS = [ # Table 1 is of one iteration (L = 1), so the claims that quote it are read after the first
     dict(claim='Voting and debate improve on one answer',
          paper='base 45.60, majority 47.20, debate 53.40',
@@ -575,12 +621,16 @@ _MAIN = ['debate', 'star', 'majority_ft', 'single_agent', 'single_agent_total', 
 _VARIANTS = ['no_summary', 'no_critics', 'ids', 'no_interaction']
 FIGURES = dict(
     accuracy=['majority', *_MAIN],
-    ablations=['multiagent_ft', *(f'multiagent_ft_{v}' for v in _VARIANTS), 'single_agent_alone', 'single_agent_total', 'single_agent_hot'],
-    seats=['debate', 'majority_ft', 'multiagent_ft', 'debate_five', 'majority_ft_five', 'multiagent_ft_five', 'cooperative', 'cooperative_ft'],
+    ablations=['multiagent_ft', *(f'multiagent_ft_{v}' for v in _VARIANTS), 'single_agent_alone', 'single_agent_total',
+               'single_agent_hot'],
+    seats=['debate', 'majority_ft', 'multiagent_ft', 'debate_five', 'majority_ft_five', 'multiagent_ft_five',
+           'cooperative', 'cooperative_ft'],
     preferences=['multiagent_ft', 'debate_dpo', 'debate_dpo_majority'],
-    controls=['debate', 'majority_nine', 'majority_ft_nine', 'single_agent_epochs', 'multiagent_ft', 'multiagent_ft_epochs',
+    controls=['debate', 'majority_nine', 'majority_ft_nine', 'single_agent_epochs', 'multiagent_ft',
+              'multiagent_ft_epochs',
               'multiagent_ft_generators', 'multiagent_ft_critics'],
-    lessons=['multiagent_ft', 'multiagent_ft_w_0', 'multiagent_ft_w_33', 'multiagent_ft_w_100', 'multiagent_ft_all_turns'],
+    lessons=['multiagent_ft', 'multiagent_ft_w_0', 'multiagent_ft_w_33', 'multiagent_ft_w_100',
+             'multiagent_ft_all_turns'],
     readouts=_MAIN, diversity=_MAIN)
 SAME = ('base', 'majority') # arms that only read the debates of `debate` in another way
 
@@ -588,16 +638,20 @@ SAME = ('base', 'majority') # arms that only read the debates of `debate` in ano
 def transfer_set(run:Run, s:MultiagentFT)->Artifact:
     "Problems of another kind, all of them for testing."
     generated = s.transfer == 'arithmetic'
-    return run.stage(make_problems, **s.problem_set() | dict(source=s.transfer, low=s.transfer_low, n_train=0 if generated else 1, n_dev=0, n_test=s.n_transfer,
+    return run.stage(make_problems, **s.problem_set() | dict(source=s.transfer, low=s.transfer_low,
+                                                             n_train=0 if generated else 1, n_dev=0,
+                                                             n_test=s.n_transfer,
                                                        seed=s.problem_seed+1))
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #5edd19ff
 def beyond(run:Run, s:MultiagentFT, steps:list)->dict: # `diversity`: a step and its artifact; `transfer`: steps measured on other problems
     "How much agents still differ, and how they do on problems that no agent learnt from."
     apart = [step for step in steps if step.arm.name not in SAME]
-    differ = [(step, diversity(run, step.arm.settings(s), step)) for step in apart if not (step.arm.settings(s).one_generator or step.arm.settings(s).voters)]
+    differ = [(step, diversity(run, step.arm.settings(s), step)) for step in apart
+              if not (step.arm.settings(s).one_generator or step.arm.settings(s).voters)]
     last = {(step.arm.name, step.seed): step for step in apart}.values()
-    return dict(diversity=differ, transfer=[elsewhere(run, step.arm.settings(s), step) for step in last] if s.transfer else [])
+    return dict(diversity=differ, transfer=[elsewhere(run, step.arm.settings(s), step) for step in last] if s.transfer
+                else [])
 
 def elsewhere(run:Run, s:MultiagentFT, step:Step)->Step:
     "The same agents on other problems."
@@ -614,8 +668,10 @@ def tables(
 )->dict: # file name -> table
     "What else a record holds: every readout, what models learnt from, diversity, transfer, judgements, a few conversations."
     apart = [step for step in steps if step.arm.name not in SAME]
-    return {'readouts.csv': _accuracies(apart, 'iteration'), 'lessons.csv': _learnt(steps), 'diversity.csv': _diversity(found['diversity']),
-            'cuts.csv': _cuts(steps), 'transfer.csv': _accuracies(found['transfer']), 'judged.csv': _judged(steps)} | _conversations(steps)
+    return {'readouts.csv': _accuracies(apart, 'iteration'), 'lessons.csv': _learnt(steps),
+            'diversity.csv': _diversity(found['diversity']),
+            'cuts.csv': _cuts(steps), 'transfer.csv': _accuracies(found['transfer']),
+            'judged.csv': _judged(steps)} | _conversations(steps)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #27aa6a80
 def _learnt(steps): # what each model learnt from
@@ -625,20 +681,25 @@ def _learnt_by(step, f):
     counts = f.data.read('counts')
     out = counts['fate'].str.startswith(('wrong', 'last answer does not agree'))
     log = f.training.log if f.training else dict(tokens_trained=0, updates=0)
-    return step.at() | dict(model=f.learner, examples=len(f.data.read('data')) if f.training else 0, disagreed=int(counts.loc[out, 'count'].sum()),
+    return step.at() | dict(model=f.learner, examples=len(f.data.read('data')) if f.training else 0,
+                            disagreed=int(counts.loc[out, 'count'].sum()),
                             tokens_trained=log['tokens_trained'], updates=log['updates'], kept_as_it_was=f.reason)
 
 def _diversity(found):
-    return pd.concat([a.read('diversity').assign(**step.at()) for step, a in found], ignore_index=True) if found else None
+    return pd.concat([a.read('diversity').assign(**step.at()) for step, a in found],
+                     ignore_index=True) if found else None
 
 def _cuts(steps): # contexts that were shortened, in training and in evaluation
-    said = [(step, purpose, a) for step in steps for purpose, a in (('train', step.turns), ('evaluate', step.measured['turns'])) if a]
-    return pd.DataFrame([step.at() | dict(purpose=purpose, turns=len(a.read('turns')), cut=len(a.read('cuts')), texts=int(a.read('cuts')['cut'].sum()))
+    said = [(step, purpose, a) for step in steps for purpose,
+            a in (('train', step.turns), ('evaluate', step.measured['turns'])) if a]
+    return pd.DataFrame([step.at() | dict(purpose=purpose, turns=len(a.read('turns')), cut=len(a.read('cuts')),
+                                          texts=int(a.read('cuts')['cut'].sum()))
                          for step, purpose, a in said])
 
 def _accuracies(steps, *by):
     if not steps: return None
-    return accuracy(pd.concat(map(readouts, steps), ignore_index=True), by=('arm', *by, 'agent')).rename(columns=dict(agent='readout'))
+    return accuracy(pd.concat(map(readouts, steps), ignore_index=True),
+                    by=('arm', *by, 'agent')).rename(columns=dict(agent='readout'))
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #6c052dd8
 def _judged(steps): # how consistent critics' judgements are, and how often they prefer the right one of a right and a wrong answer
@@ -646,7 +707,8 @@ def _judged(steps): # how consistent critics' judgements are, and how often they
     return pd.DataFrame(rows)
 
 def _judgements(step):
-    right = grade(step.turns.read('turns'), step.problems.read('problems')).query("name == 'correct'").set_index('turn_id')['value']
+    right = grade(step.turns.read('turns'),
+                  step.problems.read('problems')).query("name == 'correct'").set_index('turn_id')['value']
     judged = step.scores[-1].read('judged')
     pairs = [tuple(sorted(p)) for p in zip(judged['first'], judged['second'])]
     pair = judged.assign(pair=pairs).groupby('pair')['verdict'].agg(['count', 'nunique', 'first'])
@@ -658,10 +720,13 @@ def _judgements(step):
                             prefers_right=k/n if n else float('nan'), low=float(low), high=float(high))
 
 def _conversations(steps, n=2): # a few evaluated problems of the first seed, as they were discussed
-    last = {step.arm.name: step for step in steps if step.arm.name in ('debate', 'multiagent_ft') and step.seed == steps[0].seed}
+    last = {step.arm.name: step for step in steps if step.arm.name in ('debate', 'multiagent_ft')
+            and step.seed == steps[0].seed}
     turns,contexts = zip(*[_conversation(step, n) for step in last.values()]) if last else ([], [])
     shown = dict(shown_turns=turns, shown_contexts=contexts)
-    return {f'{name}.parquet': pd.concat(parts, ignore_index=True).drop_duplicates(('context_id' if name == 'shown_contexts' else ['arm', 'turn_id']))
+    return {f'{name}.parquet': pd.concat(parts, ignore_index=True).drop_duplicates(('context_id'
+                                                                                    if name == 'shown_contexts'
+                                                                                    else ['arm', 'turn_id']))
             for name, parts in shown.items() if parts}
 
 def _conversation(step, n): # of problems on which agents are of two minds
@@ -673,5 +738,6 @@ def _conversation(step, n): # of problems on which agents are of two minds
     return few,step.measured['turns'].read('contexts').query('context_id in @few.context_id')
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #be2147a1
-MULTIAGENT_FT = Experiment('multiagent_ft', PRESETS, ARMS, multiagent_ft, results, CORE, always=('base', 'majority', 'debate'),
+MULTIAGENT_FT = Experiment('multiagent_ft', PRESETS, ARMS, multiagent_ft, results, CORE,
+                           always=('base', 'majority', 'debate'),
                            comparisons=COMPARISONS, claims=CLAIMS, figures=FIGURES, beyond=beyond, tables=tables)

@@ -51,14 +51,19 @@ class Objective:
     def __post_init__(self):
         name = type(self).__name__
         for field in ('learning_rate', 'batch_size', 'max_length', 'epochs', 'max_grad_norm', 'lora_alpha'):
-            if not getattr(self, field) > 0: raise ValueError(f'{name}: {field} must be above 0, not {getattr(self, field)}')
+            if not getattr(self, field) > 0:
+                raise ValueError(f'{name}: {field} must be above 0, not {getattr(self, field)}')
         for field in ('micro_batch_size', 'updates', 'weight_decay', 'lora_rank', 'seed'):
-            if not getattr(self, field) >= 0: raise ValueError(f'{name}: {field} must be 0 or more, not {getattr(self, field)}')
-        if not 0 <= self.warmup <= 1: raise ValueError(f'{name}: warmup is a share of the updates, from 0 to 1, not {self.warmup}')
-        if self.schedule not in ('linear', 'cosine', 'constant'): raise ValueError(f"{name}: schedule must be 'linear', 'cosine' or 'constant', not {self.schedule!r}")
+            if not getattr(self, field) >= 0:
+                raise ValueError(f'{name}: {field} must be 0 or more, not {getattr(self, field)}')
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f'{name}: warmup is a share of the updates, from 0 to 1, not {self.warmup}')
+        if self.schedule not in ('linear', 'cosine', 'constant'):
+            raise ValueError(f"{name}: schedule must be 'linear', 'cosine' or 'constant', not {self.schedule!r}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size: raise ValueError(
             f'{name}: micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}')
-        if self.quantized and not self.lora_rank: raise ValueError(f'{name}: quantized keeps the weights in 4 bits, which cannot be trained: set lora_rank to train an adapter on them')
+        if self.quantized and not self.lora_rank:
+            raise ValueError(f'{name}: quantized keeps the weights in 4 bits, which cannot be trained: set lora_rank to train an adapter on them')
 
 # %% ../nbs/api/08_objectives.ipynb #fbe07494
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ class Reward(Objective):
         if not self.thoughts: raise ValueError(
             'Reward: a reward model reads answers without their thoughts: leave thoughts as it is')
         if not self.center >= 0: raise ValueError(f'Reward: center must be 0 or more, not {self.center}')
-        if self.lora_rank: raise ValueError(f'Reward: a reward model is trained whole, with its new head: lora_rank must be 0, not {self.lora_rank}')
+        if self.lora_rank:
+            raise ValueError(f'Reward: a reward model is trained whole, with its new head: lora_rank must be 0, not '
+                             f'{self.lora_rank}')
 
 # %% ../nbs/api/08_objectives.ipynb #95d71870
 @dataclass(frozen=True)
@@ -120,7 +127,13 @@ class Launch:
     port:int=0      # of this machine, on which they find each other; 0 takes a free one
 
     def __post_init__(self):
-        if self.strategy not in ('', 'ddp', 'fsdp', 'zero3'): raise ValueError(f"Launch: there is no strategy {self.strategy!r}: there are 'ddp', 'fsdp' and 'zero3', and '' for this process")
+        if self.strategy not in ('', 'ddp', 'fsdp', 'zero3'):
+            raise ValueError(f"Launch: there is no strategy {self.strategy!r}: there are 'ddp', 'fsdp' and 'zero3', "
+                             f"and "
+                             f"'' for this process")
         if self.processes < 1: raise ValueError(f'Launch: processes must be 1 or more, not {self.processes}')
-        if self.processes > 1 and not self.strategy: raise ValueError(f"Launch: {self.processes} processes need a strategy ('ddp', 'fsdp' or 'zero3'): '' trains in this process alone")
+        if self.processes > 1 and not self.strategy:
+            raise ValueError(f"Launch: {self.processes} processes need a strategy ('ddp', 'fsdp' or 'zero3'): '' "
+                             f"trains "
+                             f"in this process alone")
         if not 0 <= self.port < 65536: raise ValueError(f'Launch: port must be from 0 to 65535, not {self.port}')

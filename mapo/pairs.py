@@ -38,9 +38,13 @@ class Selection:
 
     def __post_init__(self):
         for name in ('n_positives', 'n_negatives', 'n_pairs'):
-            if getattr(self, name) < 0: raise ValueError(f'{name} must be 0 (for all) or more, not {getattr(self, name)}')
-        if self.by not in ('problem_id', 'context_id'): raise ValueError(f"by must be 'problem_id' or 'context_id', not {self.by!r}")
-        if not self.verified and not self.order: raise ValueError("verified=False needs an order, the score that ranks the answers (order='reward'): else right and wrong ones would be drawn alike")
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} must be 0 (for all) or more, not {getattr(self, name)}')
+        if self.by not in ('problem_id', 'context_id'):
+            raise ValueError(f"by must be 'problem_id' or 'context_id', not {self.by!r}")
+        if not self.verified and not self.order:
+            raise ValueError("verified=False needs an order, the score that ranks the answers (order='reward'): else "
+                             "right and wrong ones would be drawn alike")
 
     @property
     def scores(self)->list[str]:
@@ -84,7 +88,8 @@ def ledger(
     fates:dict, # counts by fate
 )->pd.DataFrame: # `part, fate, count`
     "The fates of one part as a table."
-    return pd.DataFrame(dict(part=part, fate=list(fates), count=list(fates.values()))).astype({'fate': 'str', 'count': 'int64'})
+    return pd.DataFrame(dict(part=part, fate=list(fates), count=list(fates.values()))).astype({'fate': 'str',
+                                                                                               'count': 'int64'})
 
 # %% ../nbs/api/07_pairs.ipynb #3cecd58a
 BLOCK = 2**14 # texts that are Python objects at one time
@@ -95,7 +100,8 @@ def hash_texts(
 )->np.ndarray: # uint64; equal for texts that are equal after stripping spaces
     "A number that stands for each text."
     blocks = (texts.iloc[i:i+BLOCK].fillna('').str.strip() for i in range(0, len(texts), BLOCK))
-    return np.concatenate([np.empty(0, 'uint64'), *(pd.util.hash_array(b.to_numpy(object), categorize=False) for b in blocks)])
+    return np.concatenate([np.empty(0, 'uint64'),
+                           *(pd.util.hash_array(b.to_numpy(object), categorize=False) for b in blocks)])
 
 # %% ../nbs/api/07_pairs.ipynb #fd7baccf
 def hashed(
@@ -155,7 +161,8 @@ def losers(
 def _candidates(turns, agents, selection): # distinct scored turns of `agents`; their index is their place among `turns`
     check_turns(turns, 'text', *selection.scores, mixed=selection.mixed)
     turns,fates = hashed(turns),{}
-    columns = [selection.by, 'agent', 'turn_id', 'finish_reason', 'text_hash', *selection.scores, *turns.columns.intersection(['copies'])]
+    columns = [selection.by, 'agent', 'turn_id', 'finish_reason', 'text_hash', *selection.scores,
+               *turns.columns.intersection(['copies'])]
     rows = turns[columns].reset_index(drop=True)
     rows = keep(rows, answering(turns).to_numpy(), 'a summary', fates)
     if agents is not None: rows = keep(rows, rows['agent'].isin(agents), "another agent's", fates)
@@ -190,27 +197,34 @@ def own_contexts(
     pairs = pd.DataFrame(dict(key=turns[by], context_id=turns['context_id']))
     own = pairs[(turns['agent'] == agent).to_numpy()].drop_duplicates()
     twice = own['key'][own['key'].duplicated()]
-    if len(twice): raise ValueError(f'agent {agent!r} answered {twice.iloc[0]!r} in {(own.key == twice.iloc[0]).sum()} contexts: take the turns of one round')
+    if len(twice):
+        raise ValueError(f'agent {agent!r} answered {twice.iloc[0]!r} in {(own.key == twice.iloc[0]).sum()} contexts: '
+                         f'take the turns of one round')
     asked = pairs[['key']].drop_duplicates().merge(own, how='left', on='key')
     return asked.assign(prompt=_prompts(asked['context_id'], contexts))
 
 # %% ../nbs/api/07_pairs.ipynb #da4a4e2b
 def _check_agent(turns, agent):
     agents = sorted(turns['agent'].unique())
-    if agents and agent not in agents: raise ValueError(f"there is no agent {agent!r} among the turns: there are {', '.join(agents)}")
+    if agents and agent not in agents:
+        raise ValueError(f"there is no agent {agent!r} among the turns: there are {', '.join(agents)}")
 
 # %% ../nbs/api/07_pairs.ipynb #4057a0d4
 def _prompts(context_ids, contexts): # a Series of conversations; null where there is no id
     place = pd.Index(contexts['context_id']).get_indexer(context_ids)
     lost = context_ids[(place < 0) & context_ids.notna()]
-    if len(lost): raise ValueError(f'context {lost.iloc[0]!r} is not in the table of contexts, and {len(lost)-1} others: pass those that were sampled with the turns')
+    if len(lost):
+        raise ValueError(f'context {lost.iloc[0]!r} is not in the table of contexts, and {len(lost)-1} others: pass '
+                         f'those that were sampled with the turns')
     known = np.unique(place[place >= 0])
     messages = _conversations(contexts['messages'].iloc[known])
     return _column(messages.take(pa.array(np.searchsorted(known, place), mask=place < 0)))
 
 # %% ../nbs/api/07_pairs.ipynb #8f609b46
 def _conversations(messages): # of any pandas type, as Arrow
-    return _whole(pa.array(messages)).cast(MESSAGES) if isinstance(messages.dtype, pd.ArrowDtype) else pa.array(messages.tolist(), type=MESSAGES)
+    return _whole(pa.array(messages)).cast(MESSAGES) if isinstance(messages.dtype,
+                                                                   pd.ArrowDtype) else pa.array(messages.tolist(),
+                                                                                                type=MESSAGES)
 
 def _whole(array): return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
@@ -229,10 +243,13 @@ def cross(
     w,l = chosen.table,rejected.table
     grid,fates = _grid(w, l, prompts, selection)
     problems = _fates_of_problems(prompts, w[selection.by], l[selection.by], grid['key'])
-    counts = pd.concat([chosen.counts, rejected.counts, ledger('problems', problems), ledger('pairs', fates)], ignore_index=True)
+    counts = pd.concat([chosen.counts, rejected.counts, ledger('problems', problems), ledger('pairs', fates)],
+                       ignore_index=True)
     w,l,asked = w.iloc[grid['w']],l.iloc[grid['l']],prompts.iloc[grid['key']]
-    pairs = dict(prompt=asked['prompt'], chosen=_answers(turns, w), rejected=_answers(turns, l), problem_id=l['problem_id'], agent=agent,
-                 context_id=asked['context_id'], chosen_id=w['turn_id'], rejected_id=l['turn_id'], chosen_agent=w['agent'],
+    pairs = dict(prompt=asked['prompt'], chosen=_answers(turns, w), rejected=_answers(turns, l),
+                 problem_id=l['problem_id'], agent=agent,
+                 context_id=asked['context_id'], chosen_id=w['turn_id'], rejected_id=l['turn_id'],
+                 chosen_agent=w['agent'],
                  rejected_agent=l['agent'], chosen_model=w['model_key'], rejected_model=l['model_key'],
                  rejected_finish=l['finish_reason'], **_sampled(turns, w, 'chosen_'), **_sampled(turns, l, 'rejected_'))
     return Built(_table(pairs), _of_agent(counts, agent))
@@ -241,7 +258,8 @@ def cross(
 def _grid(w, l, prompts, selection): # `key, w, l`: positions in the three tables
     codes = pd.factorize(pd.concat([prompts['key'], w[selection.by], l[selection.by]]))[0]
     _,kw,kl = np.split(codes, [len(prompts), len(prompts)+len(w)])
-    side = lambda key, name, table: pd.DataFrame({'key': key, name: np.arange(len(key)), f'{name}_text': table['text_hash'].to_numpy(),
+    side = lambda key, name, table: pd.DataFrame({'key': key, name: np.arange(len(key)),
+                                                  f'{name}_text': table['text_hash'].to_numpy(),
                                                   f'{name}_place': pd.Series(key).groupby(key).cumcount().to_numpy()})
     grid,fates = side(kw, 'w', w).merge(side(kl, 'l', l), on='key'),{}
     asked = np.append(prompts['context_id'].notna().to_numpy(), np.zeros(codes.max(initial=-1)+1-len(prompts), bool))
@@ -263,7 +281,8 @@ def _along_diagonals(grid):
 def _fates_of_problems(prompts, w, l, paired): # how many problems had each fate; they sum to all of them
     keys = pd.Index(prompts['key'])
     among = lambda found: np.bincount(found[found >= 0], minlength=len(keys)) > 0
-    causes = {'agent was not asked': prompts['context_id'].isna().to_numpy(), 'nothing to choose': ~among(keys.get_indexer(w)),
+    causes = {'agent was not asked': prompts['context_id'].isna().to_numpy(),
+              'nothing to choose': ~among(keys.get_indexer(w)),
               'nothing to reject': ~among(keys.get_indexer(l)), 'only equal texts': ~among(paired.to_numpy())}
     fate = np.select(list(causes.values()), list(causes), 'paired')
     return {name: int((fate == name).sum()) for name in [*causes, 'paired']}
@@ -284,7 +303,8 @@ def take_texts(
 def _block(chunks, starts, rows): # a few rows of a chunked column, in order
     order = rows.argsort(kind='stable')
     parts = np.split(rows[order], np.searchsorted(rows[order], starts[1:-1]))
-    taken = pa.concat_arrays([chunk.take(pa.array(part - start)) for chunk, part, start in zip(chunks, parts, starts) if len(part)])
+    taken = pa.concat_arrays([chunk.take(pa.array(part - start)) for chunk, part,
+                              start in zip(chunks, parts, starts) if len(part)])
     return taken.take(pa.array(order.argsort()))
 
 # %% ../nbs/api/07_pairs.ipynb #a47d34cc
@@ -295,7 +315,8 @@ def _answers(turns, selected): # the texts of selected turns, each a conversatio
     return _column(pa.chunked_array([_said(block) for block in take_texts(turns['text'], rows).chunks], type=MESSAGES))
 
 def _said(texts):
-    said = pa.StructArray.from_arrays([pa.repeat(pa.scalar('assistant', pa.large_string()), len(texts)), texts], fields=list(MESSAGES.value_type))
+    said = pa.StructArray.from_arrays([pa.repeat(pa.scalar('assistant', pa.large_string()), len(texts)), texts],
+                                      fields=list(MESSAGES.value_type))
     return pa.ListArray.from_arrays(pa.array(np.arange(len(texts)+1), pa.int32()), said, type=MESSAGES)
 
 # %% ../nbs/api/07_pairs.ipynb #83deae70
@@ -310,9 +331,11 @@ def _take_lists(lists, rows, kind): # of numpy's, as Parquet gives them, only th
     return pa.chunked_array([some(rows[i:i+BLOCK]) for i in range(0, len(rows), BLOCK)], type=kind)
 
 # %% ../nbs/api/07_pairs.ipynb #38d7716b
-def _table(columns): return pd.DataFrame({name: c.array if isinstance(c, pd.Series) else c for name, c in columns.items()})
+def _table(columns):
+    return pd.DataFrame({name: c.array if isinstance(c, pd.Series) else c for name, c in columns.items()})
 
-def _of_agent(counts, agent): return counts[counts['count'] > 0].reset_index(drop=True).assign(agent=agent)[['agent', *counts.columns]]
+def _of_agent(counts, agent):
+    return counts[counts['count'] > 0].reset_index(drop=True).assign(agent=agent)[['agent', *counts.columns]]
 
 # %% ../nbs/api/07_pairs.ipynb #42c5f473
 def _paired(turns, contexts, agent, selection, right, wrong): # the right answers of some agents with the wrong ones of some
@@ -375,9 +398,11 @@ def reward_pairs(
 )->Built: # pairs of no agent: `agent` and `context_id` are ''
     "Everybody's right answers with everybody's wrong ones, under the bare question."
     if selection.by != 'problem_id' or not selection.verified: raise ValueError(
-        f"a reward model learns right over wrong answers to one problem: the selection must have by='problem_id' and verified=True, not {selection.by!r} and {selection.verified}")
+        f"a reward model learns right over wrong answers to one problem: the selection must have by='problem_id' and "
+        f"verified=True, not {selection.by!r} and {selection.verified}")
     turns = hashed(turns)
-    return cross(turns, winners(turns, None, selection), losers(turns, None, selection), bare_questions(turns, problems), '', selection)
+    return cross(turns, winners(turns, None, selection), losers(turns, None, selection),
+                 bare_questions(turns, problems), '', selection)
 
 # %% ../nbs/api/07_pairs.ipynb #92a9914e
 def teach(
@@ -392,15 +417,18 @@ def teach(
     w = keep(chosen.table, prompts['context_id'].notna().to_numpy()[place], 'without own context', fates)
     fates['taught'] = len(w)
     asked = prompts.iloc[pd.Index(prompts['key']).get_indexer(w[selection.by])]
-    examples = dict(prompt=asked['prompt'], completion=_answers(turns, w), problem_id=w['problem_id'], agent=agent, context_id=asked['context_id'],
+    examples = dict(prompt=asked['prompt'], completion=_answers(turns, w), problem_id=w['problem_id'], agent=agent,
+                    context_id=asked['context_id'],
                     turn_id=w['turn_id'], source_agent=w['agent'], source_model=w['model_key'], copies=w['copies'],
                     **_sampled(turns, w))
-    return Built(_table(examples), _of_agent(pd.concat([chosen.counts, ledger('examples', fates)], ignore_index=True), agent))
+    return Built(_table(examples), _of_agent(pd.concat([chosen.counts, ledger('examples', fates)], ignore_index=True),
+                                             agent))
 
 # %% ../nbs/api/07_pairs.ipynb #ebadc6e3
 def _exampled(turns, contexts, agent, selection, right): # the right answers of some agents
     turns,passed_over = _considered(turns, agent, selection)
-    built = teach(turns, winners(turns, right, selection), own_contexts(turns, contexts, agent, selection.by), agent, selection)
+    built = teach(turns, winners(turns, right, selection), own_contexts(turns, contexts, agent, selection.by), agent,
+                  selection)
     if selection.repeated: built = as_sampled(built)
     return built._replace(counts=pd.concat([passed_over, built.counts], ignore_index=True))
 
@@ -460,12 +488,14 @@ def corrected_and_kept(
 )->Built: # turns of rounds 1 and later, round by round, with `lesson`: 'corrected' or 'kept'
     "A seat's critic turns that end in the majority's answer, mixed (Multiagent Finetuning, Algorithm 1)."
     if not 0 <= share <= 1: raise ValueError(f'share must lie in [0, 1], not {share}')
-    if critic_turns not in CRITIC_TURNS: raise ValueError(f"critic_turns must be {' or '.join(map(repr, CRITIC_TURNS))}, not {critic_turns!r}")
+    if critic_turns not in CRITIC_TURNS:
+        raise ValueError(f"critic_turns must be {' or '.join(map(repr, CRITIC_TURNS))}, not {critic_turns!r}")
     own,fates = _of_seat(turns, seat),{}
     first,last = (own.drop_duplicates('problem_id', keep=which).set_index('problem_id') for which in ('first', 'last'))
     found = own[own['round'] > 0]
     found = keep(found, found['problem_id'].map(last['agrees']) > RIGHT, 'last answer does not agree', fates)
-    if critic_turns == 'last': found = keep(found, found['round'] == found['problem_id'].map(last['round']), 'not the last turn', fates)
+    if critic_turns == 'last':
+        found = keep(found, found['round'] == found['problem_id'].map(last['round']), 'not the last turn', fates)
     else: found = keep(found, found['agrees'] > RIGHT, 'does not agree', fates)
     found = found.assign(lesson=np.where(found['problem_id'].map(first['agrees']) > RIGHT, 'kept', 'corrected'))
     return _mixed(found, share, seed, fates)
@@ -473,19 +503,26 @@ def corrected_and_kept(
 # %% ../nbs/api/07_pairs.ipynb #ab4b9386
 def _of_seat(turns, seat): # its answers, round by round; each problem has one in each round
     check_turns(turns, 'agrees', 'problem_id', 'round', 'seat', 'role')
-    if seat not in set(turns['seat']): raise ValueError(f"there is no seat {seat} among the turns: there are {', '.join(map(str, sorted(turns['seat'].unique()))) or 'none'}")
+    if seat not in set(turns['seat']):
+        raise ValueError(f"there is no seat {seat} among the turns: there are "
+                         f"{', '.join(map(str, sorted(turns['seat'].unique()))) or 'none'}")
     own = turns[(turns['seat'] == seat) & answering(turns)].sort_values('round', kind='stable')
     twice = own[own.duplicated(['problem_id', 'round'])]
-    if len(twice): raise ValueError(f"seat {seat} answered problem {twice['problem_id'].iat[0]!r} twice in round {twice['round'].iat[0]}: take the turns of one debate")
+    if len(twice):
+        raise ValueError(f"seat {seat} answered problem {twice['problem_id'].iat[0]!r} twice in round "
+                         f"{twice['round'].iat[0]}: take the turns of one debate")
     late = own.loc[own.groupby('problem_id')['round'].transform('min') > 0, 'problem_id']
-    if len(late): raise ValueError(f'seat {seat} has no first answer to problem {late.iat[0]!r}: take the turns of whole debates')
-    if own['round'].max() == 0: raise ValueError(f'seat {seat} has no critic turn: a debate of one round (M = 1) has generators alone')
+    if len(late):
+        raise ValueError(f'seat {seat} has no first answer to problem {late.iat[0]!r}: take the turns of whole debates')
+    if own['round'].max() == 0:
+        raise ValueError(f'seat {seat} has no critic turn: a debate of one round (M = 1) has generators alone')
     return own
 
 # %% ../nbs/api/07_pairs.ipynb #0da60ebc
 def _mixed(found, share, seed, fates): # cut the larger set, so that `share` of the rows are corrected
     n = found['lesson'].value_counts().reindex(['corrected', 'kept'], fill_value=0)
-    room = dict(corrected=share*n['kept']/(1-share) if share < 1 else np.inf, kept=(1-share)*n['corrected']/share if share else np.inf)
+    room = dict(corrected=share*n['kept']/(1-share) if share < 1 else np.inf,
+                kept=(1-share)*n['corrected']/share if share else np.inf)
     place = pd.Series(seeded_draw(found['turn_id'], seed), found.index).groupby(found['lesson']).rank(method='first')
     for lesson, most in room.items():
         taken = int(min(n[lesson], np.floor(round(most, 9) + .5)))

@@ -60,32 +60,43 @@ def count_parameters(
     config:dict, # of a `config.json`
 )->int: # $P$
     "Parameters of a Llama, Mistral, Phi-3 or Qwen2 model, counted from its configuration."
-    if config.get('model_type') not in ('llama', 'mistral', 'phi3', 'qwen2'): raise ValueError(f"the parameters of a {config.get('model_type')!r} model are counted from its weights: download them first")
-    V,h,f,L,a,k,d = (_named(config)[name] for name in ('vocabulary', 'hidden', 'intermediate', 'layers', 'heads', 'kv_heads', 'head_dim'))
+    if config.get('model_type') not in ('llama', 'mistral', 'phi3', 'qwen2'):
+        raise ValueError(f"the parameters of a {config.get('model_type')!r} model are counted from its weights: "
+                         f"download "
+                         f"them first")
+    V,h,f,L,a,k,d = (_named(config)[name] for name in ('vocabulary', 'hidden', 'intermediate', 'layers', 'heads',
+                                                       'kv_heads', 'head_dim'))
     biases = d*(a+2*k) if config['model_type'] == 'qwen2' else 0
-    head = h*h+2*h+1 if 'Qwen2ForRewardModel' in config.get('architectures', ()) else 0 if config.get('tie_word_embeddings') else V*h
+    head = h*h+2*h+1 if 'Qwen2ForRewardModel' in config.get('architectures',
+                                                            ()) else 0 if config.get('tie_word_embeddings') else V*h
     return V*h + head + L*(2*h*d*(a+k) + 3*h*f + 2*h + biases) + h
 
 # %% ../nbs/api/23_plan.ipynb #01a165e6
-_FIELDS = dict(layers='num_hidden_layers', hidden='hidden_size', intermediate='intermediate_size', heads='num_attention_heads', vocabulary='vocab_size')
+_FIELDS = dict(layers='num_hidden_layers', hidden='hidden_size', intermediate='intermediate_size',
+               heads='num_attention_heads', vocabulary='vocab_size')
 
 def _named(config): # the fields of `Sizes` but the parameters
     missing = [name for name in _FIELDS.values() if name not in config]
     if missing: raise ValueError(f'its config.json has no {missing[0]}')
     found = {ours: config[theirs] for ours, theirs in _FIELDS.items()}
     heads,width = found['heads'],found['hidden']
-    return found | dict(kv_heads=config.get('num_key_value_heads') or heads, head_dim=config.get('head_dim') or width//heads, window=config.get('max_position_embeddings', 0))
+    return found | dict(kv_heads=config.get('num_key_value_heads') or heads,
+                        head_dim=config.get('head_dim') or width//heads,
+                        window=config.get('max_position_embeddings', 0))
 
 # %% ../nbs/api/23_plan.ipynb #3440ef25
 def _config(family, hidden, intermediate, layers, heads, kv_heads, vocabulary, window, tied=False, **more):
-    return dict(model_type=family, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=window, tie_word_embeddings=tied) | more
+    return dict(model_type=family, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=window,
+                tie_word_embeddings=tied) | more
 
 CONFIGS = {
     'Qwen/Qwen2.5-Math-7B-Instruct': _config('qwen2', 3584, 18944, 28, 28, 4, 152064, 4096),
     'deepseek-ai/deepseek-math-7b-rl': _config('llama', 4096, 11008, 30, 32, 32, 102400, 4096),
     'meta-llama/Llama-3.1-8B-Instruct': _config('llama', 4096, 14336, 32, 32, 8, 128256, 131072),
-    'Qwen/Qwen2.5-Math-RM-72B': _config('qwen2', 8192, 29568, 80, 64, 8, 152064, 4096, architectures=('Qwen2ForRewardModel',)),
+    'Qwen/Qwen2.5-Math-RM-72B': _config('qwen2', 8192, 29568, 80, 64, 8, 152064, 4096,
+                                        architectures=('Qwen2ForRewardModel',)),
     'meta-llama/Meta-Llama-3-8B': _config('llama', 4096, 14336, 32, 32, 8, 128256, 8192),
     'microsoft/Phi-3-mini-128k-instruct': _config('phi3', 3072, 8192, 32, 32, 32, 32064, 131072),
     'mistralai/Mistral-7B-Instruct-v0.2': _config('mistral', 4096, 14336, 32, 32, 8, 32000, 32768),
@@ -104,8 +115,10 @@ def stored_parameters(
     names = sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists() else sorted(p.name for p in folder.glob('*.safetensors'))
     total = 0
     for name in names:
-        if not (folder/name).exists(): raise FileNotFoundError(f'{folder} has no {name}, which its index names: download the model again')
-        with safe_open(folder/name, framework='np') as f: total += sum(_product(f.get_slice(key).get_shape()) for key in f.keys())
+        if not (folder/name).exists():
+            raise FileNotFoundError(f'{folder} has no {name}, which its index names: download the model again')
+        with safe_open(folder/name, framework='np') as f:
+            total += sum(_product(f.get_slice(key).get_shape()) for key in f.keys())
     return total
 
 def _product(shape):
@@ -120,17 +133,21 @@ def _gguf_sizes(path):
     family = fields['general.architecture'].contents()
     said = lambda name, default=None: f.contents() if (f := fields.get(f'{family}.{name}')) else default
     hidden,heads = said('embedding_length'),said('attention.head_count')
-    return Sizes(sum(int(t.n_elements) for t in tensors), said('block_count'), hidden, said('feed_forward_length'), heads, said('attention.head_count_kv', heads),
-                 said('attention.key_length', hidden//heads), len(fields['tokenizer.ggml.tokens'].data), said('context_length', 0))
+    return Sizes(sum(int(t.n_elements) for t in tensors), said('block_count'), hidden, said('feed_forward_length'),
+                 heads, said('attention.head_count_kv', heads),
+                 said('attention.key_length', hidden//heads), len(fields['tokenizer.ggml.tokens'].data),
+                 said('context_length', 0))
 
 # %% ../nbs/api/23_plan.ipynb #cfba287f
 def _folder(model): # where its config.json is on this machine; nothing is downloaded
-    if model.path.startswith(('tiny:', '.', '~', '/')) or model.path.endswith('.gguf') or Path(model.path).exists(): return model_folder(model)
+    if model.path.startswith(('tiny:', '.', '~', '/')) or model.path.endswith('.gguf') or Path(model.path).exists():
+        return model_folder(model)
     from huggingface_hub import try_to_load_from_cache
     try: found = try_to_load_from_cache(model.path, 'config.json', revision=model.revision or None)
     except ValueError: found = None
     if isinstance(found, str): return Path(found).parent
-    raise FileNotFoundError(f"the sizes of model {model.path!r} are not known: it is no local folder, no model of a preset, and not downloaded; "
+    raise FileNotFoundError(f"the sizes of model {model.path!r} are not known: it is no local folder, no model of a "
+                            f"preset, and not downloaded; "
                             f"`hf download {model.path} config.json` fetches the few kilobytes that a plan needs")
 
 # %% ../nbs/api/23_plan.ipynb #f2c0ece4
@@ -141,7 +158,9 @@ def sizes(
     if model.path in CONFIGS: return Sizes(count_parameters(CONFIGS[model.path]), **_named(CONFIGS[model.path]))
     folder = _folder(model)
     if folder.is_file(): return _gguf_sizes(folder)
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f'model {model.name!r}: {folder} has no config.json, so its sizes are not known: save the model with its configuration')
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f'model {model.name!r}: {folder} has no config.json, so its sizes are not known: save '
+                                f'the model with its configuration')
     config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     try: return Sizes(stored_parameters(folder) or count_parameters(config), **_named(config))
     except ValueError as e: raise ValueError(f'model {model.name!r} in {folder}: {e}') from None
@@ -197,7 +216,8 @@ def training_memory(
 )->tuple[int,int]: # bytes of weights, gradients and moments; bytes of copies and activations
     "Memory of training."
     trained = lora_parameters(size, lora_rank) if lora_rank else size.parameters
-    return TRAINED*trained + (number_bytes(dtype)*size.parameters if lora_rank else 0), COPY*trained + kept_bytes(size, tokens)
+    return TRAINED*trained + (number_bytes(dtype)*size.parameters if lora_rank
+                              else 0), COPY*trained + kept_bytes(size, tokens)
 
 def kept_bytes(
     size:Sizes,
@@ -248,9 +268,11 @@ def machine(
     known = {name.lower(): name for name in GPUS}
     if gpu.lower() not in known:
         close = difflib.get_close_matches(gpu.upper(), GPUS, 1, .4)
-        raise ValueError(f"there is no machine {text!r}{f' (did you mean {close[0]!r}?)' if close else ''}: there are {', '.join(GPUS)}, several of one kind as 8x{close[0] if close else 'H100-80'}, "
+        raise ValueError(f"there is no machine {text!r}{f' (did you mean {close[0]!r}?)' if close else ''}: there are "
+                         f"{', '.join(GPUS)}, several of one kind as 8x{close[0] if close else 'H100-80'}, "
                          "and 'here' for the processor of this machine")
-    if not count.isascii() or not count.isdigit() or int(count) < 1: raise ValueError(f'a machine has at least 1 GPU, not {count!r}, as {text!r} says')
+    if not count.isascii() or not count.isdigit() or int(count) < 1:
+        raise ValueError(f'a machine has at least 1 GPU, not {count!r}, as {text!r} says')
     return Machine(text, int(count), *GPUS[known[gpu.lower()]])
 
 # %% ../nbs/api/23_plan.ipynb #e37f29e0
@@ -259,7 +281,8 @@ def here()->Machine: # the processor as one device
     import psutil
     a,source = np.ones((1024, 1024), np.float32),np.ones(1 << 25, np.float32)
     target = np.empty_like(source)
-    return Machine('here', 1, float(psutil.virtual_memory().total), 2*1024**3/_fastest(lambda: a@a), 2*source.nbytes/_fastest(lambda: np.copyto(target, source)), .1, 5e-4, 'transformers')
+    return Machine('here', 1, float(psutil.virtual_memory().total), 2*1024**3/_fastest(lambda: a@a),
+                   2*source.nbytes/_fastest(lambda: np.copyto(target, source)), .1, 5e-4, 'transformers')
 
 def _fastest(fn, tries=20): # seconds; others may be at work too, so the best one counts
     def once():
@@ -315,17 +338,21 @@ class Served:
     def wrong(self, on:Machine)->str: # '' where nothing is
         "What no memory would mend."
         heads,t,able = self.size.heads,self.tensor_parallel,[1, *_tensor_parallel(self.size, self.tensor_parallel)]
-        if t not in able: return f"tensor_parallel={t} does not divide its {heads} attention heads and {self.size.kv_heads} of keys and values: {', '.join(map(str, able))} would"
+        if t not in able:
+            return f"tensor_parallel={t} does not divide its {heads} attention heads and {self.size.kv_heads} of keys and values: {', '.join(map(str, able))} would"
         if t > 1 and not self.vllm(on): return f'tensor_parallel={t} needs the engine vllm'
         return '' if self.gpus <= on.gpus else f'it asks for {self.gpus} GPUs (tensor_parallel={t}, data_parallel={self.data_parallel}), and the machine has {on.gpus}'
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."
         switch = {} if self.vllm(on) else dict(engine='vllm')
-        wider = [dict(tensor_parallel=t) | switch for t in _tensor_parallel(self.size, on.gpus) if t > self.tensor_parallel] if on.name != 'here' else []
+        wider = [dict(tensor_parallel=t) | switch for t in _tensor_parallel(self.size, on.gpus)
+                 if t > self.tensor_parallel] if on.name != 'here' else []
         return [*([] if self.vllm(on) else [dict(token_budget=self.budget(on) >> n) for n in (1, 2, 3, 4)]),
-                *(c | (dict(data_parallel=max(1, on.gpus//c['tensor_parallel'])) if c['tensor_parallel']*self.data_parallel > on.gpus else {}) for c in wider),
-                *([dict(engine='transformers', token_budget=BUDGET >> n) for n in (0, 1, 2, 3)] if self.vllm(on) and self.gpus == 1 else [])]
+                *(c | (dict(data_parallel=max(1, on.gpus//c['tensor_parallel']))
+                       if c['tensor_parallel']*self.data_parallel > on.gpus else {}) for c in wider),
+                *([dict(engine='transformers', token_budget=BUDGET >> n) for n in (0, 1, 2, 3)] if self.vllm(on)
+                  and self.gpus == 1 else [])]
 
 # %% ../nbs/api/23_plan.ipynb #4dbcc955
 @dataclass(frozen=True)
@@ -369,8 +396,10 @@ class Answering(Served):
         n,context,compute = self.rows(on),self.prompt + self.answer/2,self.tensor_parallel*on.flops*on.reached(PREFILL)
         steps = self.answers*self.answer/self.data_parallel/n if self.vllm(on) else math.ceil(self.answers/self.data_parallel/n)*self.answer
         moved = number_bytes(self.dtype)*self.size.parameters + n*context*self.size.cache(self.dtype)
-        step = max(n*self.size.flops(context)/compute, moved/(self.tensor_parallel*on.bandwidth*on.reached(STREAMING)), 0 if self.vllm(on) else on.layer*self.size.layers)
-        read = (self.requests if self.vllm(on) else self.answers)*self.prompt*self.size.flops(self.prompt/2)/(self.data_parallel*compute)
+        step = max(n*self.size.flops(context)/compute, moved/(self.tensor_parallel*on.bandwidth*on.reached(STREAMING)),
+                   0 if self.vllm(on) else on.layer*self.size.layers)
+        read = (self.requests if self.vllm(on)
+                else self.answers)*self.prompt*self.size.flops(self.prompt/2)/(self.data_parallel*compute)
         return self.opening(on) + read + steps*(step + VLLM_STEP*self.vllm(on))
 
 # %% ../nbs/api/23_plan.ipynb #b95c12a0
@@ -392,9 +421,12 @@ class Reading(Served):
     def memory(self, on:Machine)->Memory:
         "What a GPU holds."
         s,t,w = self.size,self.tensor_parallel,number_bytes(self.dtype)
-        if self.vllm(on): return Memory(w*s.parameters/t, max(on.limits[1], s.window)*s.cache(self.dtype)/min(t, s.kv_heads), 0., w*on.limits[1]*(3*s.intermediate/t + 5*s.hidden))
+        if self.vllm(on):
+            return Memory(w*s.parameters/t, max(on.limits[1], s.window)*s.cache(self.dtype)/min(t, s.kv_heads), 0.,
+                          w*on.limits[1]*(3*s.intermediate/t + 5*s.hidden))
         held,work = scoring_memory(s, self.dtype, min(self.texts*self.longest, max(self.budget(on), self.longest)))
-        return Memory(self.models*held, 0., 0., work + self.logits*s.vocabulary*min(self.texts*self.longest, max(self.budget(on), self.longest)))
+        return Memory(self.models*held, 0., 0.,
+                      work + self.logits*s.vocabulary*min(self.texts*self.longest, max(self.budget(on), self.longest)))
 
     def seconds(self, on:Machine)->float:
         "How long it takes."
@@ -447,8 +479,10 @@ class Learning:
 
     def memory(self, on:Machine)->Memory:
         "What a GPU holds."
-        shards,base = self.gpus if self.launch in SHARDED else 1,frozen_bytes(self.size, self.dtype, self.quantized) if self.lora_rank else 0
-        layer = max((self.size.parameters - self.size.vocabulary*self.size.hidden)/self.size.layers, self.size.vocabulary*self.size.hidden)
+        shards,base = self.gpus if self.launch in SHARDED else 1,frozen_bytes(self.size, self.dtype,
+                                                                              self.quantized) if self.lora_rank else 0
+        layer = max((self.size.parameters - self.size.vocabulary*self.size.hidden)/self.size.layers,
+                    self.size.vocabulary*self.size.hidden)
         together = 2*COPY*layer if self.launch in SHARDED else COPY*self.trained
         optimizer = (TRAINED-4)*self.trained/shards + (4*self.trained if self.launch == 'ddp' else 0)
         return Memory((4*self.trained + base)/shards + together, 0., optimizer, self.kept)
@@ -457,7 +491,8 @@ class Learning:
     def kept(self)->int: # bytes
         "What the backward pass needs."
         tokens = self.rows*self.texts*self.longest
-        return kept_bytes(replace(self.size, layers=1), tokens) + COPY*tokens*self.size.layers*self.size.hidden if self.gradient_checkpointing else kept_bytes(self.size, tokens)
+        return kept_bytes(replace(self.size, layers=1),
+                          tokens) + COPY*tokens*self.size.layers*self.size.hidden if self.gradient_checkpointing else kept_bytes(self.size, tokens)
 
     def seconds(self, on:Machine)->float:
         "How long it takes."
@@ -465,24 +500,31 @@ class Learning:
         learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(self.gpus*on.flops*on.reached(TRAINING))
         python = 3*self.updates*math.ceil(self.batch_size/self.gpus/self.rows)*on.layer*self.size.layers
         read = self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
-        return (2 if self.reference else 1)*(on.start + number_bytes(self.dtype)*self.size.parameters/DISK) + max(learnt, python) + read
+        return (2 if self.reference
+                else 1)*(on.start + number_bytes(self.dtype)*self.size.parameters/DISK) + max(learnt, python) + read
 
     def wrong(self, on:Machine)->str: # '' where nothing is
         "What no memory would mend."
-        if self.gpus > on.gpus: return f'it asks for {self.gpus} GPUs (launch={self.launch}, processes={self.processes}), and the machine has {on.gpus}'
-        if self.quantized and self.launch in SHARDED: return f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes'
+        if self.gpus > on.gpus:
+            return f'it asks for {self.gpus} GPUs (launch={self.launch}, processes={self.processes}), and the machine has {on.gpus}'
+        if self.quantized and self.launch in SHARDED:
+            return f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes'
         each = self.micro_batch_size or 1
         return f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}' + (f' that compute {each} at once' if each > 1 else '') if self.batch_size % (each*self.gpus) else ''
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."
         free = [dict(micro_batch_size=1)] if self.rows > 1 else []
-        if self.adaptable and not self.gradient_checkpointing: free += [c | dict(gradient_checkpointing=True) for c in ({}, *free)]
+        if self.adaptable and not self.gradient_checkpointing:
+            free += [c | dict(gradient_checkpointing=True) for c in ({}, *free)]
         launch = self.launch if self.launch in SHARDED else 'fsdp'
-        shared = [dict(launch=launch, processes=p) for p in _divisors(self.batch_size, on.gpus) if not self.quantized and (p > self.gpus or self.launch not in SHARDED)]
+        shared = [dict(launch=launch, processes=p) for p in _divisors(self.batch_size, on.gpus) if not self.quantized
+                  and (p > self.gpus or self.launch not in SHARDED)]
         adapter = [dict(lora_rank=16)] if self.adaptable and not self.lora_rank else []
-        four = [c | dict(quantized=True) | (dict(launch='ddp') if self.launch in SHARDED else {}) for c in adapter or [{}]] if self.adaptable and not self.quantized and on.name != 'here' else []
-        return [*free, *shared, *(f | c for f in free for c in shared), *adapter, *four, *(f | c for f in free for c in (*adapter, *four))]
+        four = [c | dict(quantized=True) | (dict(launch='ddp') if self.launch in SHARDED else {}) for c in adapter
+                or [{}]] if self.adaptable and not self.quantized and on.name != 'here' else []
+        return [*free, *shared, *(f | c for f in free for c in shared), *adapter, *four,
+                *(f | c for f in free for c in (*adapter, *four))]
 
 # %% ../nbs/api/23_plan.ipynb #871adc64
 @dataclass(frozen=True)
@@ -491,7 +533,8 @@ class Planned(Artifact):
     stage:str='' # name of the stage's function
     inputs:dict=field(default_factory=dict) # what it was asked for with
 
-    def read(self, name='', columns=None): return pd.DataFrame(dict(agent='', part='planned', fate='planned', count=[1]))
+    def read(self, name='', columns=None):
+        return pd.DataFrame(dict(agent='', part='planned', fate='planned', count=[1]))
 
     @property
     def log(self): return {}
@@ -527,7 +570,8 @@ def _split(stage): # that a stage samples, or whose turns it is about
 
 # %% ../nbs/api/23_plan.ipynb #1a675b2f
 BENCHMARKS = { # problems
-    'gsm8k': dict(train=7473, test=1319), 'math': dict(train=7500, test=5000), 'commonsense_qa': dict(train=9741, test=1221), 'mmlu': dict(train=1531, test=14042)}
+    'gsm8k': dict(train=7473, test=1319), 'math': dict(train=7500, test=5000),
+    'commonsense_qa': dict(train=9741, test=1221), 'mmlu': dict(train=1531, test=14042)}
 LEVELS = dict(train=(564, 1348, 1592, 1690, 2304), test=(437, 894, 1131, 1214, 1324)) # of MATH, easiest first; two of its training problems have none
 
 def count_problems(
@@ -537,19 +581,24 @@ def count_problems(
     "How many problems a split will have."
     if 'n' in asked: return asked['n']
     if asked['source'] == 'arithmetic' or split == 'dev': return asked[f'n_{split}']
-    there = {half: sum(_stored(name, half, asked['data']) for name in asked['source'].split('+')) for half in ('train', 'test')}
+    there = {half: sum(_stored(name, half, asked['data']) for name in asked['source'].split('+'))
+             for half in ('train', 'test')}
     for half, wanted in dict(train=asked['n_train']+asked['n_dev'], test=asked['n_test']).items():
-        if wanted > there[half]: raise ValueError(f"{wanted} {half} problems were asked for, but {asked['source']} has {there[half]}: ask for fewer")
+        if wanted > there[half]:
+            raise ValueError(f"{wanted} {half} problems were asked for, but {asked['source']} has {there[half]}: ask for fewer")
     return asked[f'n_{split}'] or there[split] - (asked['n_dev'] if split == 'train' else 0)
 
 # %% ../nbs/api/23_plan.ipynb #aaf2c774
 def _stored(source, split, data): # problems of one half of one benchmark
     name,_,levels = source.partition(':')
     if name not in BENCHMARKS or levels and not re.fullmatch(r'[1-5](-[1-5])?', levels): raise ValueError(
-        f"there is no problem source {source!r}: there are arithmetic, {', '.join(BENCHMARKS)}, math:1-3 for levels of MATH, and sums such as gsm8k+math")
+        f"there is no problem source {source!r}: there are arithmetic, {', '.join(BENCHMARKS)}, math:1-3 for levels of "
+        f"MATH, and sums such as gsm8k+math")
     if not data: return sum(LEVELS[split][int(levels[0])-1:int(levels[-1])]) if levels else BENCHMARKS[name][split]
-    folder,file = Path(data)/name if (Path(data)/name).is_dir() else Path(data),dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split)
-    if not (folder/f'{file}.jsonl').exists(): raise FileNotFoundError(f'{folder} has no {file}.jsonl, from which the {name} problems were to come')
+    folder,file = Path(data)/name if (Path(data)/name).is_dir() else Path(data),dict(commonsense_qa=dict(test='dev'),
+                                                                                     mmlu=dict(train='dev')).get(name, {}).get(split, split)
+    if not (folder/f'{file}.jsonl').exists():
+        raise FileNotFoundError(f'{folder} has no {file}.jsonl, from which the {name} problems were to come')
     with open(folder/f'{file}.jsonl', encoding='utf-8') as f: return sum(1 for line in f if line.strip())
 
 # %% ../nbs/api/23_plan.ipynb #1f0c6398
@@ -569,7 +618,8 @@ def asked(
     "Who is asked in a sampling stage."
     i = stage.inputs
     problems = count_problems(i['problems'].inputs, _split(stage))
-    who = dict(sample_alone=_alone, debate=_debate, sample_tree=_chain, tell_refiner=_told, judge_pairs=_judged)[stage.stage]
+    who = dict(sample_alone=_alone, debate=_debate, sample_tree=_chain, tell_refiner=_told,
+               judge_pairs=_judged)[stage.stage]
     fitted = [_fitted(a, plan, i['sampling'].max_tokens) for a in who(i, problems, plan.prompt_tokens, said)]
     return [_together(fitted, key) for key in dict.fromkeys((a.round, a.asked.model, a.asked.prompt) for a in fitted)]
 
@@ -584,16 +634,20 @@ def _fitted(turn, plan, max_tokens): # contexts are shortened until they leave r
 
 def _together(turns, key): # agents that share a model are asked together
     same = [a for r, a in turns if (r, a.model, a.prompt) == key]
-    return same[0]._replace(agents=tuple(n for a in same for n in a.agents), requests=sum(a.requests for a in same), answers=sum(a.answers for a in same))
+    return same[0]._replace(agents=tuple(n for a in same for n in a.agents), requests=sum(a.requests for a in same),
+                            answers=sum(a.answers for a in same))
 
 def _room(plan, model, max_tokens): # tokens of the longest prompt
     window = plan.sizes(model).window
     if window and window < plan.prompt_tokens+max_tokens: raise ValueError(
-        f"model {plan.origin(model).path!r} has a window of {window} tokens: max_tokens={max_tokens} leaves no room for a prompt of {plan.prompt_tokens}")
+        f"model {plan.origin(model).path!r} has a window of {window} tokens: max_tokens={max_tokens} leaves no room "
+        f"for "
+        f"a prompt of {plan.prompt_tokens}")
     return window-max_tokens if window else None
 
 # %% ../nbs/api/23_plan.ipynb #ef8a39bd
-def _alone(i, problems, prompt, said): return [_Turn(0, Asked((a.name,), a.model, prompt, problems, problems*i['n'])) for a in i['team']]
+def _alone(i, problems, prompt, said):
+    return [_Turn(0, Asked((a.name,), a.model, prompt, problems, problems*i['n'])) for a in i['team']]
 
 def _debate(i, problems, prompt, said):
     seats,critics,summarizer = len(i['generators']),list(i['critics']),i['summarizer']
@@ -601,13 +655,16 @@ def _debate(i, problems, prompt, said):
     shown = said if summarizer else said*(seats if 'drafts' in critics[0].role.fields else seats-1)
     for r in range(1, i['rounds']):
         own += said + shown + prompt # what its seat said, what it is shown, what it is told to do
-        if summarizer: turns.append(_Turn(2*r-1, Asked((summarizer.name,), summarizer.model, prompt + said*(seats-1), problems*seats, problems*seats)))
+        if summarizer:
+            turns.append(_Turn(2*r-1, Asked((summarizer.name,), summarizer.model, prompt + said*(seats-1),
+                                            problems*seats, problems*seats)))
         turns += [_Turn(2*r, Asked((c.name,), c.model, own, problems, problems)) for c in critics]
     return turns
 
 def _chain(i, problems, prompt, said):
     total = [problems, *accumulate(i['branching'], lambda n, k: n*k, initial=problems)][1:]
-    return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1])) for level, a in enumerate(i['team'])]
+    return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1])) for level,
+            a in enumerate(i['team'])]
 
 def _told(i, problems, prompt, said):
     passes = problems*math.prod(_first(i['turns']).inputs['branching'])
@@ -615,7 +672,8 @@ def _told(i, problems, prompt, said):
 
 def _judged(i, problems, prompt, said): # at most: all first answers differ, and each pair is judged in both orders
     seats = len(i['critics'])
-    return [_Turn(0, Asked((c.name,), c.model, 2*prompt + 2*said, problems*(seats-1), problems*(seats-1))) for c in i['critics']]
+    return [_Turn(0, Asked((c.name,), c.model, 2*prompt + 2*said, problems*(seats-1), problems*(seats-1)))
+            for c in i['critics']]
 
 # %% ../nbs/api/23_plan.ipynb #2be3efc2
 BUDGET = 65536    # tokens of a batch on an accelerator, as `mapo.engines` sets it where `token_budget` is 0
@@ -635,9 +693,12 @@ def _sampling_row(stage, plan, most, mean):
     i,size,longest,chunk = stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,stage.inputs['answers']
     served,width,answer = plan.serving,most.prompt+longest,plan.answer(longest)
     rows = max(1, min(chunk, most.answers, (served.get('token_budget') or BUDGET)//width))
-    return dict(kind='sample', purpose=i.get('purpose', stage.stage.partition('_')[0]), iteration=i.get('iteration', 1), model=plan.origin(most.model), requests=most.requests, answers=most.answers,
-                tokens=most.answers*answer, prompts=most.answers*mean.prompt, room=_room(plan, most.model, longest), memory=sampling_memory(size, most.model.dtype, rows, width),
-                work=Answering(size, most.model.dtype, **served, requests=most.requests, answers=most.answers, prompt=mean.prompt, answer=answer, most=longest, width=width, chunk=chunk))
+    return dict(kind='sample', purpose=i.get('purpose', stage.stage.partition('_')[0]), iteration=i.get('iteration', 1),
+                model=plan.origin(most.model), requests=most.requests, answers=most.answers,
+                tokens=most.answers*answer, prompts=most.answers*mean.prompt, room=_room(plan, most.model, longest),
+                memory=sampling_memory(size, most.model.dtype, rows, width),
+                work=Answering(size, most.model.dtype, **served, requests=most.requests, answers=most.answers,
+                               prompt=mean.prompt, answer=answer, most=longest, width=width, chunk=chunk))
 
 # %% ../nbs/api/23_plan.ipynb #b7429ea5
 def scoring_rows(
@@ -651,7 +712,8 @@ def scoring_rows(
     answers,read = (sum(r[name] for r in sampled) for name in ('answers', 'tokens'))
     read += sum(r['prompts'] for r in sampled)
     longest = max(r['work'].width for r in sampled)
-    return [dict(kind='score', purpose='score', iteration=sampled[0]['iteration'], model=plan.origin(model), answers=answers, tokens=read, room=_room(plan, model, said),
+    return [dict(kind='score', purpose='score', iteration=sampled[0]['iteration'], model=plan.origin(model),
+                 answers=answers, tokens=read, room=_room(plan, model, said),
                  memory=scoring_memory(size, dtype, min(read, served.get('token_budget') or BUDGET)),
                  work=Reading(size, dtype, **served, texts=answers, length=math.ceil(read/answers), longest=longest))]
 
@@ -664,22 +726,31 @@ def diversity_rows(
 )->list[dict]: # a row per measure that reads
     "What measuring diversity takes."
     i,debate = stage.inputs,_first(stage.inputs['turns'])
-    rounds = [asked(debate, plan, n) for n in (debate.inputs['sampling'].max_tokens, plan.answer(debate.inputs['sampling'].max_tokens))]
+    rounds = [asked(debate, plan, n) for n in (debate.inputs['sampling'].max_tokens,
+                                               plan.answer(debate.inputs['sampling'].max_tokens))]
     problems,seats = min(i['n'], rounds[0][0].requests),len(debate.inputs['generators'])
-    critics,trained = [m for a, m in i['models'].items() if a.startswith('crit')],{m for a, m in i['models'].items() if a.startswith('gen') and m != i['base']}
+    critics,trained = [m for a, m in i['models'].items() if a.startswith('crit')],{m for a, m in i['models'].items()
+                                                                                   if a.startswith('gen')
+                                                                                   and m != i['base']}
     pairs = len(trained)*(len(trained)+1)//2
     found = []
-    if debate.inputs['rounds'] > 1 and seats > 1: found.append(_diversity_row(stage, plan, critics[0], 'nll', problems*seats*(seats-1), [r[-1] for r in rounds], opened=seats, token_budget=NLL_BUDGET))
-    if pairs: found.append(_diversity_row(stage, plan, i['base'], 'kl', 2*pairs*problems*seats, [r[0] for r in rounds], opened=2*pairs, models=2, logits=KL_LOGITS, token_budget=KL_BUDGET))
+    if debate.inputs['rounds'] > 1 and seats > 1:
+        found.append(_diversity_row(stage, plan, critics[0], 'nll', problems*seats*(seats-1), [r[-1] for r in rounds],
+                                    opened=seats, token_budget=NLL_BUDGET))
+    if pairs:
+        found.append(_diversity_row(stage, plan, i['base'], 'kl', 2*pairs*problems*seats, [r[0] for r in rounds],
+                                    opened=2*pairs, models=2, logits=KL_LOGITS, token_budget=KL_BUDGET))
     return found
 
 def _diversity_row(stage, plan, model, measure, texts, prompts, **reading):
     debate,size = _first(stage.inputs['turns']),plan.sizes(model)
     said = debate.inputs['sampling'].max_tokens
     longest,length = prompts[0].prompt+said,prompts[1].prompt+plan.answer(said)
-    return dict(kind='read', purpose=measure, iteration=debate.inputs['iteration'], model=plan.origin(model), answers=texts, tokens=texts*length,
+    return dict(kind='read', purpose=measure, iteration=debate.inputs['iteration'], model=plan.origin(model),
+                answers=texts, tokens=texts*length,
                 memory=scoring_memory(size, model.dtype, min(texts*longest, reading['token_budget'])),
-                work=Reading(size, model.dtype, engine='transformers', texts=texts, length=length, longest=longest, itself=True, **reading))
+                work=Reading(size, model.dtype, engine='transformers', texts=texts, length=length, longest=longest,
+                             itself=True, **reading))
 
 # %% ../nbs/api/23_plan.ipynb #4d9a4ea5
 class Lesson(NamedTuple):
@@ -702,12 +773,14 @@ def lesson(
     contexts = problems if selection.by == 'problem_id' else next(a.requests for a in said if own in a.agents)
     answers = lambda names: sum(a.answers*len(set(names) & set(a.agents))//len(a.agents) for a in said)//contexts
     paired,mine = data.stage.endswith('pairs'),data.stage in ('own_pairs', 'hybrid_pairs')
-    return Lesson(who, *(contexts*n for n in _chosen(answers(who), answers((own,) if mine else who), selection, paired)))
+    return Lesson(who, *(contexts*n for n in _chosen(answers(who), answers((own,) if mine else who), selection,
+                                                     paired)))
 
 def _team_of(turns): # the agents whose turns may be learnt from
     said,filtered = turns.inputs,dict(turns.filter)
     if 'team' in said: return _names(said['team'])
-    return _names(said['generators'] if filtered.get('round') == 0 or filtered.get('role') == 'generator' else said['critics'])
+    return _names(said['generators'] if filtered.get('round') == 0 or filtered.get('role') == 'generator'
+                  else said['critics'])
 
 def _names(team): return tuple(a.name for a in team)
 
@@ -733,11 +806,13 @@ def training_rows(
     source,learnt = _first(i['data'].inputs['turns']),lesson(i['data'], plan)
     updates,longest = o.updates or math.ceil(o.epochs*learnt.rows/o.batch_size),source.inputs['sampling'].max_tokens
     widest,length = (_row_length(source, plan, learnt, o, said) for said in (longest, plan.answer(longest)))
-    work = Learning(plan.sizes(model), model.dtype if o.lora_rank else 'float32', updates, o.batch_size, o.micro_batch_size,
+    work = Learning(plan.sizes(model), model.dtype if o.lora_rank else 'float32', updates, o.batch_size,
+                    o.micro_batch_size,
                     len(o.answers), length, widest, learnt.texts if o.reference else 0, o.lora_rank, o.quantized,
                     launch=i['launch'].strategy, processes=i['launch'].processes,
                     gradient_checkpointing=o.gradient_checkpointing, adaptable=o.causal)
-    memory = training_memory(work.size, work.dtype, (work.micro_batch_size or work.batch_size)*work.texts*widest, work.lora_rank)
+    memory = training_memory(work.size, work.dtype, (work.micro_batch_size or work.batch_size)*work.texts*widest,
+                             work.lora_rank)
     kind = type(o).__name__
     return [dict(stage=f'train {kind}', kind='tune', purpose=kind, iteration=source.inputs.get('iteration', 1),
                  model=plan.origin(model), updates=updates, rows=updates*work.batch_size, data=learnt.rows,
@@ -776,7 +851,8 @@ class Plan:
         machine:Machine=None, # where it would run
         settings=None,     # of an experiment: how its models are served there, which is not how they would be here
     ):
-        self.serving = {name: getattr(settings, name) for name in ('engine', 'tensor_parallel', 'data_parallel', 'token_budget')} if settings else {}
+        self.serving = {name: getattr(settings, name) for name in ('engine', 'tensor_parallel', 'data_parallel',
+                                                                   'token_budget')} if settings else {}
         self.name,self.prompt_tokens,self.answer_tokens,self.machine = name,prompt_tokens,answer_tokens,machine
         self.planned,self.asked,self._sizes,self._rows = {},{},{},[]
         self.steps,self._place = [],('', 0)
@@ -814,7 +890,9 @@ class Plan:
         "The model that was there before any training: where `model` comes from."
         made = self.planned.get(str(Path(model.adapter or model.path).parent)) or self.planned.get(model.path)
         if made is None: return model
-        return self.origin(made.inputs['init']) if 'init' in made.inputs else Model(made.inputs['name'], f"tiny:{made.inputs['name']}", licence=model.licence)
+        return self.origin(made.inputs['init']) if 'init' in made.inputs else Model(made.inputs['name'],
+                                                                                    f"tiny:{made.inputs['name']}",
+                                                                                    licence=model.licence)
 
     def sizes(self, model:Model)->Sizes:
         "How large a model is; training does not change it."
@@ -825,9 +903,12 @@ class Plan:
     @property
     def table(self)->pd.DataFrame:
         "A row per stage and model that computes: counts, and bytes."
-        rows = [dict.fromkeys(_COUNTS, 0) | dict(room=None) | row | dict(asked=self.asked[row['key']], model=_title(row['model']), held=row['memory'][0], work=row['memory'][1],
+        rows = [dict.fromkeys(_COUNTS, 0) | dict(room=None) | row | dict(asked=self.asked[row['key']],
+                                                                         model=_title(row['model']),
+                                                                         held=row['memory'][0], work=row['memory'][1],
                                       memory=sum(row['memory'])) for row in self._rows]
-        return pd.DataFrame(rows, columns=['key', 'stage', 'kind', 'asked', 'purpose', 'iteration', 'model', *_COUNTS, 'room', 'held', 'work', 'memory'])
+        return pd.DataFrame(rows, columns=['key', 'stage', 'kind', 'asked', 'purpose', 'iteration', 'model', *_COUNTS,
+                                           'room', 'held', 'work', 'memory'])
 
     @property
     def models(self)->list[Model]:
@@ -841,12 +922,17 @@ class Plan:
 CONDITIONS = { # what matters where a model's texts train others
     'Apache-2.0': 'keep the licence and the notices',
     'MIT': 'keep the copyright notice and the licence',
-    'DeepSeek licence': 'its use restrictions go on with every derivative, and a model trained on its texts to perform like it is one',
-    'Llama 3 licence': 'its texts may improve no other model than Llama 3 and its derivatives; whoever passes these on adds the licence, shows "Built with Meta Llama 3" and begins '
+    'DeepSeek licence': 'its use restrictions go on with every derivative, and a model trained on its texts to perform '
+                        'like it is one',
+    'Llama 3 licence': 'its texts may improve no other model than Llama 3 and its derivatives; whoever passes these on '
+                       'adds the licence, shows "Built with Meta Llama 3" and begins '
                        'their names with "Llama 3"; services with over 700 million users a month ask Meta first',
-    'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence and shows "Built with Llama"; the name of a model trained '
-                         'on its texts begins with "Llama"; services with over 700 million users a month ask Meta first',
-    'Qwen licence': 'a model that is trained or improved with it or with what it puts out, and passed on, shows "Built with Qwen" or "Improved using Qwen"; '
+    'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence and shows "Built '
+                         'with Llama"; the name of a model trained '
+                         'on its texts begins with "Llama"; services with over 700 million users a month ask Meta '
+                         'first',
+    'Qwen licence': 'a model that is trained or improved with it or with what it puts out, and passed on, shows "Built '
+                    'with Qwen" or "Improved using Qwen"; '
                     'services with over 100 million users a month ask Alibaba first'}
 
 def licence(
@@ -866,26 +952,34 @@ def teachers(
         data,pupil = stage.inputs['data'],plan.origin(stage.inputs['init'])
         for what, model in _sources(data, plan):
             source = plan.origin(model)
-            if source.path != pupil.path: found.setdefault((what, licence(source), _title(source)), {})[_title(pupil)] = None
+            if source.path != pupil.path:
+                found.setdefault((what, licence(source), _title(source)), {})[_title(pupil)] = None
     return {key: list(pupils) for key, pupils in found.items()}
 
 def _sources(data, plan): # what a training set holds, and of whom
     said,learnt = _first(data.inputs['turns']).inputs,lesson(data, plan).agents
     judges = [p for p in _before(data) if p.stage in ('reward', 'judge_pairs')]
-    speakers = list(said['team']) if 'team' in said else [*said['generators'], *said['critics'], *filter(None, [said['summarizer']])]
+    speakers = list(said['team']) if 'team' in said else [*said['generators'], *said['critics'],
+                                                          *filter(None, [said['summarizer']])]
     yield from (('texts', a.model) for a in speakers if a.name in learnt)
-    yield from (('scores', model) for p in judges for model in ([p.inputs['scorer'].model] if 'scorer' in p.inputs else [c.model for c in p.inputs['critics']]))
-    if 'branching' in said or said.get('rounds', 1) > 1: yield from (('prompts', a.model) for a in speakers if a.name not in learnt)
+    yield from (('scores', model) for p in judges
+                for model in ([p.inputs['scorer'].model] if 'scorer' in p.inputs
+                              else [c.model for c in p.inputs['critics']]))
+    if 'branching' in said or said.get('rounds', 1) > 1:
+        yield from (('prompts', a.model) for a in speakers if a.name not in learnt)
 
 # %% ../nbs/api/23_plan.ipynb #7dbe5a72
 def licence_lines(
     plan:Plan, # with all its stages
 )->list[str]: # a sentence each
     "The licences involved with their conditions, and who learns from whom under one that has a say in it."
-    models,said = {},dict(texts='Texts of {} train', scores='Scores of {} choose what is learnt by', prompts='Texts of {} are in the prompts that train')
+    models,said = {},dict(texts='Texts of {} train', scores='Scores of {} choose what is learnt by',
+                          prompts='Texts of {} are in the prompts that train')
     for m in plan.models: models.setdefault(licence(m), []).append(_title(m))
-    return [*(f"{name} ({', '.join(titles)}): {CONDITIONS.get(name, 'read the model card')}." for name, titles in models.items()),
-            *(f"{said[what].format(source)} {', '.join(pupils)}: {name}." for (what, name, source), pupils in teachers(plan).items() if name != 'Apache-2.0')]
+    return [*(f"{name} ({', '.join(titles)}): {CONDITIONS.get(name, 'read the model card')}." for name,
+              titles in models.items()),
+            *(f"{said[what].format(source)} {', '.join(pupils)}: {name}." for (what, name, source),
+              pupils in teachers(plan).items() if name != 'Apache-2.0')]
 
 # %% ../nbs/api/23_plan.ipynb #5dc03555
 class Shortage(NamedTuple):
@@ -922,9 +1016,13 @@ def fits(
 def _short(work, on): # the change, and a sentence
     need,there = sum(work.memory(on)),USABLE*on.memory
     change = next((c for c in work.changes(on) if fits(replace(work, **c), on)), {})
-    larger = [name for name, (memory, *_) in GPUS.items() if fits(work, replace(on, memory=memory))] if on.name != 'here' else []
-    helps = ' '.join(f'{k}={v}' for k, v in change.items()) or (f'a larger GPU would fit: {min(larger, key=lambda n: GPUS[n][0])}' if larger else '')
-    return change, (f'{_gb(need)} a GPU, {_gb(need-there)} more than the {_gb(there)} of it that can be used; ' + (f'{helps} would fit' if change else helps or 'no setting known here would fit'))
+    larger = [name for name, (memory, *_) in GPUS.items()
+              if fits(work, replace(on, memory=memory))] if on.name != 'here' else []
+    helps = ' '.join(f'{k}={v}' for k, v in change.items()) or (f'a larger GPU would fit: '
+                                                                f'{min(larger, key=lambda n: GPUS[n][0])}' if larger
+                                                                else '')
+    return change, (f'{_gb(need)} a GPU, {_gb(need-there)} more than the {_gb(there)} of it that can be used; '
+                    + (f'{helps} would fit' if change else helps or 'no setting known here would fit'))
 
 # %% ../nbs/api/23_plan.ipynb #cedaece3
 def check_fit(
@@ -935,14 +1033,17 @@ def check_fit(
     found = shortages(plan, on)
     if not found: return
     together = _together_changed([s.change for s in found])
-    every = all(s.change for s in found) and all(fits(replace(row['work'], **_known(row['work'], together)), on) for row in plan._rows)
+    every = all(s.change for s in found) and all(fits(replace(row['work'], **_known(row['work'], together)), on)
+                                                 for row in plan._rows)
     advice = f" Everything fits with {' '.join(f'-p {k}={v}' for k, v in together.items())}" if every else ' Together these do not fit every stage' if together else ''
     named = lambda s: f"{s.stage} with {s.model}{f' (and {s.others} others)' if s.others else ''}"
-    raise ValueError(f"{plan.name} does not fit on {on.name}. " + ' '.join(f'{named(s)}: {s.text}.' for s in found) + advice)
+    raise ValueError(f"{plan.name} does not fit on {on.name}. " + ' '.join(f'{named(s)}: {s.text}.' for s in found)
+                     + advice)
 
 def _together_changed(changes): # of numbers the most demanding, which is the largest; of rows and tokens the smallest
     keys = dict.fromkeys(k for c in changes for k in c)
-    return {k: (min if k in ('micro_batch_size', 'token_budget', 'data_parallel') else max)(c[k] for c in changes if k in c) for k in keys}
+    return {k: (min if k in ('micro_batch_size', 'token_budget', 'data_parallel') else max)(c[k] for c in changes
+                                                                                            if k in c) for k in keys}
 
 def _gb(n): return f'{n/1e9:,.0f} GB' if n >= 1e11 else f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e9:.3f} GB'
 
@@ -965,8 +1066,10 @@ def _machine_row(place, rows, on):
     largest = max((row['work'] for row in rows), key=lambda work: sum(work.memory(on)))
     parts = {f'{name}_GB': n/1e9 for name, n in largest.memory(on)._asdict().items()}
     stage,purpose,model = place
-    return dict(stage=stage, purpose='' if purpose == stage else purpose, model=model, stages=len({row['key'] for row in rows}), gpus=largest.gpus, **parts,
-                GB=sum(parts.values()), tokens=sum(row['tokens'] for row in rows), hours=sum(row['work'].seconds(on) for row in rows)/3600,
+    return dict(stage=stage, purpose='' if purpose == stage else purpose, model=model,
+                stages=len({row['key'] for row in rows}), gpus=largest.gpus, **parts,
+                GB=sum(parts.values()), tokens=sum(row['tokens'] for row in rows),
+                hours=sum(row['work'].seconds(on) for row in rows)/3600,
                 gpu_hours=sum(row['work'].seconds(on)*row['work'].gpus for row in rows)/3600)
 
 # %% ../nbs/api/23_plan.ipynb #acc4c1ae
@@ -977,19 +1080,28 @@ def machine_totals(
     "What the whole plan takes of a machine, one stage after the other."
     t,disk = machine_table(plan, on),_disk(plan)
     wall,busy,longest = t.hours.sum(),t.gpu_hours.sum(),t.loc[t.hours.idxmax()]
-    said = {'time' + ('' if plan.answer_tokens else ', at most'): _span(wall), 'GPU-hours that compute': f'{busy:,.3g}', 'GPU-hours that are paid for': f'{wall*on.gpus:,.3g}',
-            'most time': ' '.join(filter(None, [longest.stage, longest.purpose])) + f' with {longest.model}: {_span(longest.hours)}',
-            'most memory of a GPU': f'{_gb(t.GB.max()*1e9)} of {_gb(on.memory)}', 'disk': ' + '.join(f'{_gb(n)} {what}' for what, n in disk.items() if n)}
+    said = {'time' + ('' if plan.answer_tokens else ', at most'): _span(wall), 'GPU-hours that compute': f'{busy:,.3g}',
+            'GPU-hours that are paid for': f'{wall*on.gpus:,.3g}',
+            'most time': ' '.join(filter(None, [longest.stage, longest.purpose]))
+            + f' with {longest.model}: {_span(longest.hours)}',
+            'most memory of a GPU': f'{_gb(t.GB.max()*1e9)} of {_gb(on.memory)}',
+            'disk': ' + '.join(f'{_gb(n)} {what}' for what, n in disk.items() if n)}
     if on.name == 'here': said = {k: v for k, v in said.items() if 'GPU-hours' not in k}
-    elif busy < wall*on.gpus/2: said['GPUs that compute, on average'] = f'{busy/wall:.1f} of {on.gpus}: data_parallel shares answers among more, launch=ddp or fsdp with processes trainings'
+    elif busy < wall*on.gpus/2:
+        said['GPUs that compute, on '
+             'average'] = f'{busy/wall:.1f} of {on.gpus}: data_parallel shares answers among more, launch=ddp or fsdp with processes trainings'
     return pd.DataFrame(said.items(), columns=['total', 'value'])
 
-def _span(hours): return f'{hours:,.3g} hours' if hours >= 2 else f'{60*hours:.3g} minutes' if hours > 1/30 else f'{3600*hours:.3g} seconds'
+def _span(hours):
+    return f'{hours:,.3g} hours' if hours >= 2 else f'{60*hours:.3g} minutes' if hours > 1/30 else f'{3600*hours:.3g} seconds'
 
 def _disk(plan): # bytes
     t = plan.table
-    return {'of models to download': sum(2*plan.sizes(m).parameters for m in plan.models if not m.path.startswith(('tiny:', '.', '~', '/'))), 'of trained weights': int(t.disk.sum()),
-            'for a checkpoint': int(t.resume.max()) if len(t) else 0, 'of texts': TEXT*int(t.loc[t.kind == 'sample', 'tokens'].sum())}
+    return {'of models to download': sum(2*plan.sizes(m).parameters for m in plan.models
+                                         if not m.path.startswith(('tiny:', '.', '~', '/'))),
+            'of trained weights': int(t.disk.sum()),
+            'for a checkpoint': int(t.resume.max()) if len(t) else 0,
+            'of texts': TEXT*int(t.loc[t.kind == 'sample', 'tokens'].sum())}
 
 TEXT = 4 # bytes of a token: characters of its text, compressed, and its columns; ours
 
@@ -1003,19 +1115,27 @@ def machine_assumptions(
     graded = GRADED*t.loc[t.kind == 'sample', 'answers'].sum()/3600
     each = f'{on.memory/1e9:,.0f} GB, {on.flops/1e12:,.3g} TFLOP/s, {on.bandwidth/1e12:,.3g} TB/s'
     return [f"{'Measured here' if on.name == 'here' else 'Each GPU has'}: {each}; {USABLE:.0%} of the memory can be used.",
-            'What was measured is reached.' if on.name == 'here' else f'Of these peaks training reaches {TRAINING:.0%} (operations), reading {PREFILL:.0%} (operations) and writing {STREAMING:.0%} (bandwidth).',
-            f"engine=auto is counted as {on.engine}" + (f', which writes up to {on.limits[0]:,} answers at once and reads {on.limits[1]:,} tokens at once; each prompt is read once for all its samples.' if on.engine == 'vllm' else '.'),
-            f'An engine or a training needs {on.start:g} seconds to start, and reads weights at {DISK/1e9:g} GB/s; Python takes {1000*on.layer:g} ms a layer (transformers, training), vLLM {1000*VLLM_STEP:g} ms a step.',
-            'One stage after the other, its models one after the other; adapters that an engine would hold together count as models of their own. What GPUs say to each other takes no time. '
+            'What was measured is reached.' if on.name == 'here'
+            else f'Of these peaks training reaches {TRAINING:.0%} (operations), reading {PREFILL:.0%} (operations) and '
+                 f'writing {STREAMING:.0%} (bandwidth).',
+            f"engine=auto is counted as {on.engine}"
+            + (f', which writes up to {on.limits[0]:,} answers at once and reads {on.limits[1]:,} tokens at once; each '
+               f'prompt is read once for all its samples.' if on.engine == 'vllm' else '.'),
+            f'An engine or a training needs {on.start:g} seconds to start, and reads weights at {DISK/1e9:g} GB/s; '
+            f'Python takes {1000*on.layer:g} ms a layer (transformers, training), vLLM {1000*VLLM_STEP:g} ms a step.',
+            'One stage after the other, its models one after the other; adapters that an engine would hold together '
+            'count as models of their own. What GPUs say to each other takes no time. '
             'A reference reads on one GPU.',
-            f'Grading, on processors, is not in the time: {_span(graded)} on one core at {1000*GRADED:g} ms an answer.', f'A token of text takes {TEXT} bytes on disk.']
+            f'Grading, on processors, is not in the time: {_span(graded)} on one core at {1000*GRADED:g} ms an answer.',
+            f'A token of text takes {TEXT} bytes on disk.']
 
 GRADED = .004 # seconds an answer: a comparison of strings where that decides, else math-verify; measured (2-7 ms)
 
 # %% ../nbs/api/23_plan.ipynb #f1970231
 def _by(table, *columns): # a row per group: how many stages, what they take together, and what the largest model holds
     columns,groups = [*columns],table.groupby([*columns], sort=False)
-    stages = table.drop_duplicates(['key', *columns]).groupby(columns, sort=False).asked.agg(distinct='size', asked_for='sum')
+    stages = table.drop_duplicates(['key', *columns]).groupby(columns, sort=False).asked.agg(distinct='size',
+                                                                                             asked_for='sum')
     largest = table.loc[groups.memory.idxmax()].set_index(columns)[['held', 'work', 'memory']]/1e9
     return stages.join(groups[_COUNTS].sum()).join(largest).reset_index()
 
@@ -1026,7 +1146,8 @@ def sampling_table(
     "What is sampled."
     table = _by(plan.table.query("kind == 'sample'"), 'purpose', 'iteration')
     names = dict(held='weights_GB', work='cache_GB', memory='memory_GB')
-    return table.rename(columns=names)[['purpose', 'iteration', 'distinct', 'asked_for', 'requests', 'answers', 'tokens', *names.values()]]
+    return table.rename(columns=names)[['purpose', 'iteration', 'distinct', 'asked_for', 'requests', 'answers',
+                                        'tokens', *names.values()]]
 
 # %% ../nbs/api/23_plan.ipynb #e1520512
 def scoring_table(
@@ -1035,7 +1156,8 @@ def scoring_table(
     "What is read: by reward models, and where diversity is measured."
     table = _by(plan.table.query("kind == 'score' or kind == 'read'"), 'purpose', 'model', 'iteration')
     names = dict(held='weights_GB', work='activations_GB', memory='memory_GB')
-    return table.rename(columns=names)[['purpose', 'model', 'iteration', 'distinct', 'asked_for', 'answers', 'tokens', *names.values()]]
+    return table.rename(columns=names)[['purpose', 'model', 'iteration', 'distinct', 'asked_for', 'answers', 'tokens',
+                                        *names.values()]]
 
 # %% ../nbs/api/23_plan.ipynb #5869143f
 def training_table(
@@ -1045,7 +1167,8 @@ def training_table(
     table = _by(plan.table.query("kind == 'tune'"), 'stage', 'iteration')
     table['epochs'] = table['rows']/table['data']
     names = dict(held='weights_and_optimizer_GB', work='activations_GB', memory='memory_GB')
-    columns = ['stage', 'iteration', 'distinct', 'asked_for', 'updates', 'rows', 'data', 'epochs', 'tokens', *names.values()]
+    columns = ['stage', 'iteration', 'distinct', 'asked_for', 'updates', 'rows', 'data', 'epochs', 'tokens',
+               *names.values()]
     return table.rename(columns=names)[columns]
 
 # %% ../nbs/api/23_plan.ipynb #ef36916b
@@ -1067,12 +1190,18 @@ def totals(
     t = plan.table
     sampled,scored,tuned = (t[t.kind.isin(kinds)] for kinds in (('sample',), ('score', 'read'), ('tune',)))
     peak,most = t.loc[t.memory.idxmax()],'' if plan.answer_tokens else ', at most'
-    said = {'stages': f'{len(plan.asked):,}, asked for {sum(plan.asked.values()):,} times', 'among them, without figures here': _others(plan),
-            'answers to sample': sampled.answers.sum(), f'tokens to sample{most}': sampled.tokens.sum(), 'prompt tokens to read': sampled.prompts.sum(),
-            f'tokens of answers to read{most}': scored.tokens.sum(), 'trainings': len(tuned), 'updates': tuned.updates.sum(),
-            f'tokens to train on{most}': tuned.tokens.sum(), 'disk for trained weights': _gb(tuned.disk.sum()) if len(tuned) else 0,
-            'disk for the checkpoint of a running training': _gb(tuned.resume.max()) if tuned.resume.any() else 0, 'most memory of one stage': f'{_gb(peak.memory)}, {peak.stage} with {peak.model}'}
-    return pd.DataFrame([dict(total=k, value=v if isinstance(v, str) else f'{v:,}') for k, v in said.items() if isinstance(v, str) or v])
+    said = {'stages': f'{len(plan.asked):,}, asked for {sum(plan.asked.values()):,} times',
+            'among them, without figures here': _others(plan),
+            'answers to sample': sampled.answers.sum(), f'tokens to sample{most}': sampled.tokens.sum(),
+            'prompt tokens to read': sampled.prompts.sum(),
+            f'tokens of answers to read{most}': scored.tokens.sum(), 'trainings': len(tuned),
+            'updates': tuned.updates.sum(),
+            f'tokens to train on{most}': tuned.tokens.sum(),
+            'disk for trained weights': _gb(tuned.disk.sum()) if len(tuned) else 0,
+            'disk for the checkpoint of a running training': _gb(tuned.resume.max()) if tuned.resume.any() else 0,
+            'most memory of one stage': f'{_gb(peak.memory)}, {peak.stage} with {peak.model}'}
+    return pd.DataFrame([dict(total=k, value=v if isinstance(v, str) else f'{v:,}') for k,
+                         v in said.items() if isinstance(v, str) or v])
 
 def _others(plan): # names and numbers of the stages without a row in the table
     counted = {row['key'] for row in plan._rows}
@@ -1085,27 +1214,42 @@ def assumptions(
 )->list[str]: # a sentence each
     "What the numbers rest on."
     answer = f'{plan.answer_tokens} on average, as somebody said' if plan.answer_tokens else 'all of its max_tokens: most are shorter'
-    return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer {answer}; who answers others is shown their texts, and as many tokens again to say what to do. '
-            'A run refuses a question that does not fit into the window beside an answer (longest prompt), and leaves texts out of a conversation that does not.',
-            'Every agent finds something to learn from, where epochs count all that there can be; all first answers differ where they are judged; problems that leak between splits, which are left out, are counted.',
-            *([] if plan.machine else [f'One device holds one model at a time: sampling in batches of {BUDGET:,} tokens where token_budget is 0, training with micro_batch_size rows at once, or the whole batch where it is 0.']),
-            f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), rows of at most {MAX_LENGTH:,} tokens; a LoRA adapter leaves its base '
+    return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer {answer}; who answers others '
+            f'is '
+            f'shown their texts, and as many tokens again to say what to do. '
+            'A run refuses a question that does not fit into the window beside an answer (longest prompt), and leaves '
+            'texts out of a conversation that does not.',
+            'Every agent finds something to learn from, where epochs count all that there can be; all first answers '
+            'differ where they are judged; problems that leak between splits, which are left out, are counted.',
+            *([] if plan.machine else [f'One device holds one model at a time: sampling in batches of {BUDGET:,} '
+                                       f'tokens '
+                                       f'where token_budget is 0, training with micro_batch_size rows at once, or the '
+                                       f'whole batch where it is 0.']),
+            f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), '
+            f'rows of at most {MAX_LENGTH:,} tokens; a LoRA adapter leaves its base '
             'in the number format of sampling. Log-probabilities of the reference are computed before, once.',
-            'Trained weights are kept in float32. Texts, tables, and what the libraries themselves take are not counted. A GB is 10^9 bytes.']
+            'Trained weights are kept in float32. Texts, tables, and what the libraries themselves take are not '
+            'counted. '
+            'A GB is 10^9 bytes.']
 
 # %% ../nbs/api/23_plan.ipynb #b5389555
 def describe(
     plan:Plan, # with all its stages
 )->Shown:
     "The whole plan, for a notebook and for a terminal."
-    tables = [('Models', models_table, ''), ('Sampling', sampling_table, _NOTE), ('Reading', scoring_table, _NOTE), ('Training', training_table, _NOTE), ('Totals', totals, '')]
+    tables = [('Models', models_table, ''), ('Sampling', sampling_table, _NOTE), ('Reading', scoring_table, _NOTE),
+              ('Training', training_table, _NOTE), ('Totals', totals, '')]
     lists = [('Licences', licence_lines), ('Assumptions', assumptions)]
     if plan.machine:
         name,on = printable(plan.machine.name),plan.machine
-        tables += [(f'On {name}', lambda plan: machine_table(plan, on).drop(columns='gpu_hours'), 'Memory is that of one GPU (or processor); hours are those of all stages of a row, which are those of all iterations.'), (f'Sums on {name}', lambda plan: machine_totals(plan, on), '')]
+        tables += [(f'On {name}', lambda plan: machine_table(plan, on).drop(columns='gpu_hours'),
+                    'Memory is that of one GPU (or processor); hours are those of all stages of a row, which are those '
+                    'of all iterations.'), (f'Sums on {name}', lambda plan: machine_totals(plan, on), '')]
         lists.append((f'Assumptions about {name}', lambda plan: machine_assumptions(plan, on)))
-    parts = [Shown(f'<p><b>{escape(plan.name)}</b>: a plan; nothing was started.</p>', f'{printable(plan.name)}: a plan; nothing was started.'),
-             *(_with_title(title, show_table(table, f"plan-{title.lower().replace(' ', '-')}", note)) for title, make, note in tables if len(table := make(plan))),
+    parts = [Shown(f'<p><b>{escape(plan.name)}</b>: a plan; nothing was started.</p>',
+                   f'{printable(plan.name)}: a plan; nothing was started.'),
+             *(_with_title(title, show_table(table, f"plan-{title.lower().replace(' ', '-')}", note)) for title, make,
+               note in tables if len(table := make(plan))),
              *(_with_title(title, _list(make(plan))) for title, make in lists)]
     return Shown(''.join(p.html for p in parts), '\n\n'.join(p.text for p in parts))
 
@@ -1141,7 +1285,8 @@ def plan_paper(
         if n < 0: raise ValueError(f'{what} is a number of tokens, not {n}')
     e,where = name if own else PAPERS[name],None if on is None else machine(on)
     settings = e.settings(preset, **overrides)
-    plan = Plan(f"{e.name}, preset {preset}, arms {arms}, seeds {', '.join(map(str, seeds))}, {split} split", prompt_tokens or PROMPT_TOKENS[_prompts(settings)], answer_tokens, where, settings)
+    plan = Plan(f"{e.name}, preset {preset}, arms {arms}, seeds {', '.join(map(str, seeds))}, {split} split",
+                prompt_tokens or PROMPT_TOKENS[_prompts(settings)], answer_tokens, where, settings)
     if settings.engine == 'auto': settings = replace(settings, engine=where.engine if where else 'transformers')
     e.beyond(plan, settings, compute(plan, e, settings, arms, list(seeds), split))
     if where: check_fit(plan, where)

@@ -29,7 +29,8 @@ def _table(rows):
 def _terms(form):
     if not re.fullmatch(r'[a-z]([-+*][a-z])*', form):
         raise ValueError(f"form {form!r} is not single letters joined by + - *: write it like 'a+b*c+d-e*f'")
-    return [(-1 if sign == '-' else 1, product.split('*')) for sign, product in re.findall(r'([-+]?)([a-z](?:\*[a-z])*)', form)]
+    return [(-1 if sign == '-' else 1, product.split('*')) for sign,
+            product in re.findall(r'([-+]?)([a-z](?:\*[a-z])*)', form)]
 
 # %% ../nbs/api/00_problems.ipynb #aa8721db
 SHARES = dict(train=0.6, dev=0.2, test=0.2) # of a form's expressions; this project's choice
@@ -73,7 +74,8 @@ def arithmetic(
     question:str='What is {expression}?', # `str.format` template of the question
 )->pd.DataFrame: # problems of kind `number`
     "Generated arithmetic whose splits are disjoint by construction."
-    if '{expression}' not in question: raise ValueError(f"question {question!r} has no {{expression}}: write it like 'What is {{expression}}?'")
+    if '{expression}' not in question:
+        raise ValueError(f"question {question!r} has no {{expression}}: write it like 'What is {{expression}}?'")
     if low > high: raise ValueError(f'arithmetic needs low <= high: got {low} > {high}')
     rows = []
     for i, (split, n) in enumerate(zip(SPLITS, (n_train, n_dev, n_test))):
@@ -81,7 +83,8 @@ def arithmetic(
         if len(found) < n:
             raise ValueError(f'{form} over {low}..{high} has too few distinct problems: {n} {split} problems were asked for, '
                              f'{len(found)} exist; widen the range, lengthen the form or ask for fewer')
-        rows += [dict(problem_id=f'arithmetic/{text}', question=question.format(expression=text), answer=str(value), solution='',
+        rows += [dict(problem_id=f'arithmetic/{text}', question=question.format(expression=text), answer=str(value),
+                      solution='',
                       kind='number', split=split, source=f'arithmetic {form} {low}..{high}') for text, value in found]
     return _table(rows)
 
@@ -92,7 +95,8 @@ def _field(row, name, kind):
     for part in name.split('.'):
         if not isinstance(row, dict) or part not in row: raise ValueError(f'has no field {name!r}')
         row = row[part]
-    if not isinstance(row, kind) or isinstance(row, bool): raise ValueError(f'field {name!r} is {type(row).__name__}, not {_NAMES[kind]}')
+    if not isinstance(row, kind) or isinstance(row, bool):
+        raise ValueError(f'field {name!r} is {type(row).__name__}, not {_NAMES[kind]}')
     if kind is str and not row.strip(): raise ValueError(f'field {name!r} is empty')
     json.dumps(row, ensure_ascii=False).encode()
     return row
@@ -121,7 +125,8 @@ def _row(line):
 # %% ../nbs/api/00_problems.ipynb #1e147df9
 def _checked(where, convert, *args):
     try: return convert(*args)
-    except UnicodeEncodeError: raise ValueError(f'{where} holds half a surrogate pair, which is not text: mend or remove that row') from None
+    except UnicodeEncodeError:
+        raise ValueError(f'{where} holds half a surrogate pair, which is not text: mend or remove that row') from None
     except ValueError as e: raise ValueError(f'{where} {e}: mend or remove that row') from None
 
 # %% ../nbs/api/00_problems.ipynb #5e275e0c
@@ -133,7 +138,8 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: give the path of a JSON-lines file')
     lines = path.read_bytes().splitlines() # at \n, \r\n and \r
-    rows = [_checked(f'{path} line {i}', lambda: convert(_row(line))) for i, line in enumerate(lines, 1) if line.strip()]
+    rows = [_checked(f'{path} line {i}', lambda: convert(_row(line))) for i,
+            line in enumerate(lines, 1) if line.strip()]
     if not rows: raise ValueError(f'{path} holds no rows: an empty split cannot be used')
     return rows
 
@@ -163,14 +169,18 @@ def _load(name, split, hub_split, path, hub, convert, configs=(None,)):
     else:
         source, rows = hub, (row for config in configs for row in _hub_rows(hub, config, hub_split))
         found = [_checked(f'{hub} {hub_split} row {i}', convert, row) for i, row in enumerate(rows)]
-    rows = [dict(problem_id=f"{name}/{split}/{i}", solution='', split=split, source=source) | row for i, row in enumerate(found)]
+    rows = [dict(problem_id=f"{name}/{split}/{i}", solution='', split=split, source=source) | row for i,
+            row in enumerate(found)]
     lost = [row['problem_id'] for row in rows if not row['answer']]
-    if lost: warnings.warn(f"{len(lost)} problems of {source} have no gold answer and are left out: {', '.join(lost[:5])}", stacklevel=3)
+    if lost:
+        warnings.warn(f"{len(lost)} problems of {source} have no gold answer and are left out: {', '.join(lost[:5])}",
+                      stacklevel=3)
     return _table([row for row in rows if row['answer']])
 
 # %% ../nbs/api/00_problems.ipynb #74a02b4e
 def _known_split(name, split, names):
-    if split not in names: raise ValueError(f"{name} has no split {split!r}: it has {', '.join(names)}; split_problems makes others")
+    if split not in names:
+        raise ValueError(f"{name} has no split {split!r}: it has {', '.join(names)}; split_problems makes others")
     return names[split]
 
 # %% ../nbs/api/00_problems.ipynb #fe252749
@@ -221,7 +231,8 @@ def _math_row(row):
     return found | (dict(problem_id=f'math/{name}') if name else {})
 
 # %% ../nbs/api/00_problems.ipynb #fc478f89
-_SUBJECTS = ['algebra', 'counting_and_probability', 'geometry', 'intermediate_algebra', 'number_theory', 'prealgebra', 'precalculus']
+_SUBJECTS = ['algebra', 'counting_and_probability', 'geometry', 'intermediate_algebra', 'number_theory', 'prealgebra',
+             'precalculus']
 
 def math_problems(
     split:str='train', # `train` (7,500 problems) or `test` (5,000)
@@ -230,12 +241,14 @@ def math_problems(
     levels:tuple=(), # of difficulty, 1 to 5; () for all
 )->pd.DataFrame: # problems of kind `math`
     "MATH's competition problems."
-    table = _load('math', split, _known_split('math_problems', split, dict(train='train', test='test')), path, hub, _levelled_row if levels else _math_row, _SUBJECTS)
+    table = _load('math', split, _known_split('math_problems', split, dict(train='train', test='test')), path, hub,
+                  _levelled_row if levels else _math_row, _SUBJECTS)
     return table[table['level'].isin(map(str, levels))].drop(columns='level').reset_index(drop=True) if levels else table
 
 def _levelled_row(row): # the hub writes 'Level 3', others 3
     level = row.get('level')
-    if not re.fullmatch('(Level )?[1-5]', str(level)): raise ValueError(f"field 'level' is {level!r}, not a level from 1 to 5")
+    if not re.fullmatch('(Level )?[1-5]', str(level)):
+        raise ValueError(f"field 'level' is {level!r}, not a level from 1 to 5")
     return _math_row(row) | dict(level=str(level)[-1])
 
 # %% ../nbs/api/00_problems.ipynb #aee61b34
@@ -248,15 +261,19 @@ def math_500(
 
 # %% ../nbs/api/00_problems.ipynb #a924e69e
 def _choice_row(stem, labels, texts, answer):
-    if answer not in labels: raise ValueError(f"has answer {answer!r}, which is none of its options {', '.join(labels)}")
-    return dict(question='\n'.join([stem, *(f'({label}) {text}' for label, text in zip(labels, texts))]), answer=answer, kind='choice')
+    if answer not in labels:
+        raise ValueError(f"has answer {answer!r}, which is none of its options {', '.join(labels)}")
+    return dict(question='\n'.join([stem, *(f'({label}) {text}' for label, text in zip(labels, texts))]), answer=answer,
+                kind='choice')
 
 # %% ../nbs/api/00_problems.ipynb #cf19ec07
 def _commonsense_row(row):
     nested = isinstance(row.get('question'), dict)
     choices = _field(row, 'question.choices', list) if nested else _field(row, 'choices', dict)
-    pairs = [(_field(c, 'label', str), _field(c, 'text', str)) for c in choices] if nested else list(zip(_field(choices, 'label', list), _field(choices, 'text', list)))
-    found = _choice_row(_field(row, 'question.stem' if nested else 'question', str), *map(list, zip(*pairs)), _field(row, 'answerKey', str))
+    pairs = [(_field(c, 'label', str), _field(c, 'text', str))
+             for c in choices] if nested else list(zip(_field(choices, 'label', list), _field(choices, 'text', list)))
+    found = _choice_row(_field(row, 'question.stem' if nested else 'question', str), *map(list, zip(*pairs)),
+                        _field(row, 'answerKey', str))
     return found | dict(problem_id=f"commonsense_qa/{_field(row, 'id', str)}")
 
 # %% ../nbs/api/00_problems.ipynb #d64546d7
@@ -266,7 +283,8 @@ def commonsense_qa(
     hub:str=COMMONSENSE_QA, # `ID@COMMIT`
 )->pd.DataFrame: # problems of kind `choice`, options A to E
     "CommonsenseQA's questions."
-    return _load('commonsense_qa', split, _known_split('commonsense_qa', split, dict(train='train', dev='validation')), path, hub, _commonsense_row)
+    return _load('commonsense_qa', split, _known_split('commonsense_qa', split, dict(train='train', dev='validation')),
+                 path, hub, _commonsense_row)
 
 # %% ../nbs/api/00_problems.ipynb #956f56c3
 def _mmlu_row(row):
@@ -283,7 +301,8 @@ def mmlu(
 )->pd.DataFrame: # problems of kind `choice`, options A to D
     "MMLU's questions."
     names = dict(train='auxiliary_train', dev='validation', test='test')
-    return _load('mmlu' if subject == 'all' else f'mmlu/{subject}', split, _known_split('mmlu', split, names), path, hub, _mmlu_row, [subject])
+    return _load('mmlu' if subject == 'all' else f'mmlu/{subject}', split, _known_split('mmlu', split, names), path,
+                 hub, _mmlu_row, [subject])
 
 # %% ../nbs/api/00_problems.ipynb #5a3f8160
 KINDS = ('number', 'math', 'choice') # how answers are compared
@@ -300,14 +319,19 @@ def from_jsonl(
     if kind not in KINDS: raise ValueError(f"there is no kind {kind!r} of answers: there are {', '.join(KINDS)}")
     rows = read_jsonl(path, lambda row: _own_row(row, question, answer, solution))
     name = f"{path.name}@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    return _table([dict(problem_id=f'{path.stem}/{i}', kind=kind, split='train', source=name) | row for i, row in enumerate(rows)])
+    return _table([dict(problem_id=f'{path.stem}/{i}', kind=kind, split='train', source=name) | row for i,
+                   row in enumerate(rows)])
 
 def _own_row(row, question, answer, solution):
     missing = [name for name in (question, answer) if row.get(name) in (None, '')]
-    if missing: raise ValueError(f"has no {' and no '.join(map(repr, missing))}: it has {', '.join(map(repr, row))}; name the columns of question and answer")
+    if missing:
+        raise ValueError(f"has no {' and no '.join(map(repr, missing))}: it has {', '.join(map(repr, row))}; name the "
+                         f"columns of question and answer")
     gold = row[answer]
-    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)): raise ValueError(f'{answer!r} must be a text or a number, not {gold!r}')
-    return dict(question=str(row[question]), answer=gold if isinstance(gold, str) else f'{gold:.15g}', solution=str(row.get(solution) or ''))
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+        raise ValueError(f'{answer!r} must be a text or a number, not {gold!r}')
+    return dict(question=str(row[question]), answer=gold if isinstance(gold, str) else f'{gold:.15g}',
+                solution=str(row.get(solution) or ''))
 
 # %% ../nbs/api/00_problems.ipynb #2b088004
 def normalise_question(
@@ -329,8 +353,10 @@ def split_problems(
     rank = lambda text: hashlib.sha256(f'{seed}/{text}'.encode()).digest()
     pool = problems.assign(_text=problems.question.map(normalise_question)).sort_values('problem_id').drop_duplicates('_text')
     wanted = n_train + n_dev + n_test
-    if len(pool) < wanted: raise ValueError(f'{wanted} problems were asked for, but there are {len(pool)} distinct ones: ask for fewer')
-    pool = pool.iloc[sorted(range(len(pool)), key=pool._text.map(rank).tolist().__getitem__)].drop(columns='_text')[:wanted]
+    if len(pool) < wanted:
+        raise ValueError(f'{wanted} problems were asked for, but there are {len(pool)} distinct ones: ask for fewer')
+    pool = pool.iloc[sorted(range(len(pool)),
+                            key=pool._text.map(rank).tolist().__getitem__)].drop(columns='_text')[:wanted]
     pool['split'] = ['test']*n_test + ['dev']*n_dev + ['train']*n_train
     return pool.sort_values('split', key=lambda s: s.map(SPLITS.index), kind='stable').reset_index(drop=True)
 
@@ -346,7 +372,8 @@ def _near(tokens, index):
         earlier = index.get(tuple(tokens[i:i+NGRAM]), ())
         if len(earlier) > BOILERPLATE: continue
         for row in earlier: covered[row] = covered.get(row, 0) | (2**NGRAM - 1) << i
-    return {row: mask.bit_count()/len(tokens) for row, mask in covered.items() if mask.bit_count() > OVERLAP*len(tokens)}
+    return {row: mask.bit_count()/len(tokens) for row,
+            mask in covered.items() if mask.bit_count() > OVERLAP*len(tokens)}
 
 # %% ../nbs/api/00_problems.ipynb #22622fb5
 def find_leaks(
@@ -361,7 +388,8 @@ def find_leaks(
         tokens = {i: [] if generated[i] else texts[i].split() for i in rows}
         for i in rows:
             same = {j: 1. for key in (('id', ids[i]), ('text', texts[i])) for j in index.get(key, ())}
-            leaks += [(ids[j], splits[j], ids[i], split, share) for j, share in (_near(tokens[i], index) | same).items()]
+            leaks += [(ids[j], splits[j], ids[i], split, share) for j,
+                      share in (_near(tokens[i], index) | same).items()]
         for i in rows:
             grams = {tuple(tokens[i][k:k+NGRAM]) for k in range(len(tokens[i]) - NGRAM + 1)}
             for key in (('id', ids[i]), ('text', texts[i]), *grams): index.setdefault(key, []).append(i)
@@ -373,9 +401,11 @@ def check_leaks(
 )->pd.DataFrame: # the same table
     "Refuse problems that stand, exactly or nearly, in two splits; the error names the rows."
     leaks = find_leaks(problems)
-    named = [f'{r.earlier_id} ({r.earlier_split}) and {r.later_id} ({r.later_split}), overlap {r.overlap:.2f}' for r in leaks[:5].itertuples()]
-    if named: raise ValueError(f"{len(leaks)} pairs of problems leak between splits: {'; '.join(named)}{'; ...' if len(leaks) > 5 else ''}: "
-                               "remove the earlier rows with drop_leaks(problems)")
+    named = [f'{r.earlier_id} ({r.earlier_split}) and {r.later_id} ({r.later_split}), overlap {r.overlap:.2f}'
+             for r in leaks[:5].itertuples()]
+    if named:
+        raise ValueError(f"{len(leaks)} pairs of problems leak between splits: {'; '.join(named)}{'; ...' if len(leaks) > 5 else ''}: "
+                         "remove the earlier rows with drop_leaks(problems)")
     return problems
 
 # %% ../nbs/api/00_problems.ipynb #7d5f7ca3

@@ -35,7 +35,8 @@ def score_rows(
 )->pd.DataFrame: # `turn_id, name, value, label, scorer_key`
     "Rows for the table of scores."
     rows = pd.DataFrame(dict(turn_id=turns['turn_id'].to_numpy(), name=name))
-    return rows.assign(value=np.asarray(value, dtype=float), label=pd.Series(label, index=rows.index, dtype='str'), scorer_key=scorer_key)
+    return rows.assign(value=np.asarray(value, dtype=float), label=pd.Series(label, index=rows.index, dtype='str'),
+                       scorer_key=scorer_key)
 
 # %% ../nbs/api/06_rewards.ipynb #c24f2a6e
 def example_turns(
@@ -43,10 +44,14 @@ def example_turns(
     **columns, # what differs from a finished, first-round answer on the training problems
 )->pd.DataFrame: # turns, with readable ids such as `ada-p1-0`
     "Turns written by hand, for lessons and tests."
-    rows = [dict(turn_id=f'{agent}-{problem}-{i}', context_id=f'{agent}-{problem}', problem_id=problem, split='train', purpose='train',
-                 iteration=0, round=0, seat=seat, agent=agent, role='generator', sample=i, parent_ids=[], text=text, finish_reason='stop',
-                 prompt_tokens=0, completion_tokens=len(text.split()), seed=0, sampling_key='by hand', model_key=f'{agent}-1')
-            for seat, (agent, answers) in enumerate(said.items()) for problem, texts in answers.items() for i, text in enumerate(texts)]
+    rows = [dict(turn_id=f'{agent}-{problem}-{i}', context_id=f'{agent}-{problem}', problem_id=problem, split='train',
+                 purpose='train',
+                 iteration=0, round=0, seat=seat, agent=agent, role='generator', sample=i, parent_ids=[], text=text,
+                 finish_reason='stop',
+                 prompt_tokens=0, completion_tokens=len(text.split()), seed=0, sampling_key='by hand',
+                 model_key=f'{agent}-1')
+            for seat, (agent, answers) in enumerate(said.items()) for problem, texts in answers.items() for i,
+            text in enumerate(texts)]
     return pd.DataFrame(rows).assign(**columns)
 
 # %% ../nbs/api/06_rewards.ipynb #fcdfdb5f
@@ -57,13 +62,18 @@ def check_turns(
 ):
     "Refuse turns that lack a column, occur twice, or mix what should be kept apart."
     absent = [c for c in ('turn_id', *columns) if c not in turns]
-    if absent: raise ValueError(f"the turns have no column {absent[0]!r}: if it is a score, join it first with with_scores(turns, scores, {absent[0]!r})")
+    if absent:
+        raise ValueError(f"the turns have no column {absent[0]!r}: if it is a score, join it first with "
+                         f"with_scores(turns, scores, {absent[0]!r})")
     twice = [] if turns['turn_id'].is_unique else turns['turn_id'][turns['turn_id'].duplicated()]
-    if len(twice): raise ValueError(f'{len(twice)} of {len(turns)} turns repeat the id of an earlier one, first {twice.iloc[0]!r}: give each turn once')
+    if len(twice):
+        raise ValueError(f'{len(twice)} of {len(turns)} turns repeat the id of an earlier one, first {twice.iloc[0]!r}: give each turn once')
     for column in () if mixed or turns.empty else ('split', 'purpose', 'iteration'):
         if column not in turns or (turns[column] == turns[column].iat[0]).all(): continue
         found = sorted(turns[column].unique())
-        raise ValueError(f"the turns mix {len(found)} values of {column!r} ({', '.join(map(str, found[:3]))}): take one, or ask for it with mixed=True")
+        raise ValueError(f"the turns mix {len(found)} values of {column!r} ({', '.join(map(str, found[:3]))}): take "
+                         f"one, "
+                         f"or ask for it with mixed=True")
 
 # %% ../nbs/api/06_rewards.ipynb #eaf21c9d
 NO_ANSWERS = ('summarizer',) # roles whose turns pass on what others said
@@ -87,7 +97,9 @@ def read_answers(
     check_turns(turns, 'problem_id', 'text', mixed=True)
     turns = turns[answering(turns)]
     case = turns.groupby(['problem_id', 'text'], sort=False, dropna=False).ngroup().to_numpy()
-    cases = turns[['problem_id', 'text']][~pd.Series(case, turns.index).duplicated()].join(problem_facts(turns, problems, 'kind'), on='problem_id')
+    cases = turns[['problem_id',
+                   'text']][~pd.Series(case, turns.index).duplicated()].join(problem_facts(turns, problems, 'kind'),
+                                                                             on='problem_id')
     answers = [extract_answer(text, kind) for text, kind in zip(cases['text'].fillna(''), cases['kind'])]
     return score_rows(turns, 'answer', READ, label=np.array(answers, dtype=object)[case])
 
@@ -101,7 +113,8 @@ def problem_facts(
     twice = problems['problem_id'][problems['problem_id'].duplicated()]
     if len(twice): raise ValueError(f'problem {twice.iloc[0]!r} occurs twice: its {columns[0]} is not certain')
     lost = turns['problem_id'][~turns['problem_id'].isin(problems['problem_id'])]
-    if len(lost): raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem that is not in the table, first {lost.iloc[0]!r}: pass the problems they were asked')
+    if len(lost):
+        raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem that is not in the table, first {lost.iloc[0]!r}: pass the problems they were asked')
     return problems.set_index('problem_id')[[*columns]]
 
 # %% ../nbs/api/06_rewards.ipynb #27981cb8
@@ -113,10 +126,13 @@ def grade(
     "Extract the answers and compare them with gold."
     answers = read_answers(turns, problems)
     turns = turns[answering(turns)]
-    said = turns[['problem_id']].assign(said=answers['label'].astype(object).where(answers['label'].notna(), None).to_numpy())
+    said = turns[['problem_id']].assign(said=answers['label'].astype(object).where(answers['label'].notna(),
+                                                                                   None).to_numpy())
     case = said.groupby(['problem_id', 'said'], sort=False, dropna=False).ngroup().to_numpy()
-    cases = said[~pd.Series(case, said.index).duplicated()].join(problem_facts(turns, problems, 'answer', 'kind'), on='problem_id')
-    with nullcontext(grader) if grader else Grader() as g: right = g.grade(cases['answer'], cases['said'], cases['kind'])
+    cases = said[~pd.Series(case, said.index).duplicated()].join(problem_facts(turns, problems, 'answer', 'kind'),
+                                                                 on='problem_id')
+    with nullcontext(grader) if grader else Grader() as g:
+        right = g.grade(cases['answer'], cases['said'], cases['kind'])
     return pd.concat([answers, score_rows(turns, 'correct', GOLD, value=right[case])], ignore_index=True)
 
 # %% ../nbs/api/06_rewards.ipynb #ab56bdc9
@@ -130,10 +146,14 @@ def with_scores(
 
 # %% ../nbs/api/06_rewards.ipynb #bfffa971
 def _column(turns, found, name, scores):
-    if found.empty: raise ValueError(f"there is no score {name!r}: there are {', '.join(sorted(scores['name'].unique())) or 'none'}")
+    if found.empty:
+        raise ValueError(f"there is no score {name!r}: there are "
+                         f"{', '.join(sorted(scores['name'].unique())) or 'none'}")
     index = pd.Index(found['turn_id'])
     twice = index[index.duplicated()]
-    if len(twice): raise ValueError(f"turn {twice[0]!r} has score {name!r} twice: keep the one of a single scorer_key ({', '.join(sorted(found['scorer_key'].unique()))})")
+    if len(twice):
+        raise ValueError(f"turn {twice[0]!r} has score {name!r} twice: keep the one of a single scorer_key "
+                         f"({', '.join(sorted(found['scorer_key'].unique()))})")
     place = index.get_indexer(turns['turn_id'])
     none = (place < 0).any()
     lost = turns['turn_id'][(place < 0) & answering(turns)] if none else ()
@@ -192,7 +212,8 @@ def canonical_answers(
     written = [canonical(a, k) for a, k in zip(answers, turns['problem_id'].map(kinds))]
     said = pd.DataFrame(dict(problem=turns['problem_id'].to_numpy(), answer=pd.Series(written, dtype='str')))
     counts = said.groupby(['problem', 'answer']).size().rename('n').reset_index()
-    distinct = counts.sort_values(['n', 'answer'], ascending=[False, True]).groupby('problem', sort=False)['answer'].agg(list)
+    distinct = counts.sort_values(['n', 'answer'],
+                                  ascending=[False, True]).groupby('problem', sort=False)['answer'].agg(list)
     with nullcontext(grader) if grader else Grader() as g: classes = g.classes(distinct, distinct.index.map(kinds))
     name = {(p, answer): one for p, found in zip(distinct.index, classes) for answer, one in found.items()}
     return pd.Series([name.get(key) for key in zip(said['problem'], written)], index=turns.index, dtype='str')
@@ -208,7 +229,8 @@ def agrees(
     turns = turns[answering(turns)]
     last = votes.sort_values('round').drop_duplicates('problem_id', keep='last')
     lost = turns['problem_id'][~turns['problem_id'].isin(last['problem_id'])]
-    if len(lost): raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem without a vote, first {lost.iloc[0]!r}: vote on all of them')
+    if len(lost):
+        raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem without a vote, first {lost.iloc[0]!r}: vote on all of them')
     last = last[last['problem_id'].isin(turns['problem_id'])]
     both = pd.concat([part[['problem_id', 'answer']].astype(object) for part in (turns, last)], ignore_index=True)
     said = canonical_answers(both, problems, grader)
@@ -290,14 +312,20 @@ def parent_rows(
     check_turns(turns, 'parent_ids', 'round')
     ids,level = turns['turn_id'].to_numpy(),turns['round'].to_numpy()
     many = np.fromiter(map(len, turns['parent_ids']), int, len(turns))
-    for i in np.flatnonzero(many != (level > 0))[:1]: raise ValueError(f'turn {ids[i]!r} of round {level[i]} has {many[i]} parents: in a tree it has {int(level[i] > 0)}')
+    for i in np.flatnonzero(many != (level > 0))[:1]:
+        raise ValueError(f'turn {ids[i]!r} of round {level[i]} has {many[i]} parents: in a tree it has '
+                         f'{int(level[i] > 0)}')
     names = pd.Series([p[0] for p in turns['parent_ids'] if len(p)], dtype=object)
     found = pd.Index(ids).get_indexer(names)
     lost = names[found < 0]
-    if len(lost): raise ValueError(f'parent {lost.iat[0]!r} of turn {ids[level > 0][lost.index[0]]!r} is not in the table, nor are those of {len(lost)-1} other turns: pass whole trees')
+    if len(lost):
+        raise ValueError(f'parent {lost.iat[0]!r} of turn {ids[level > 0][lost.index[0]]!r} is not in the table, nor '
+                         f'are '
+                         f'those of {len(lost)-1} other turns: pass whole trees')
     parent = np.full(len(turns), -1)
     parent[level > 0] = found
-    for i in np.flatnonzero((level > 0) & (level[parent] != level-1))[:1]: raise ValueError(f'turn {ids[i]!r} of round {level[i]} has a parent of round {level[parent[i]]}')
+    for i in np.flatnonzero((level > 0) & (level[parent] != level-1))[:1]:
+        raise ValueError(f'turn {ids[i]!r} of round {level[i]} has a parent of round {level[parent[i]]}')
     return parent
 
 # %% ../nbs/api/06_rewards.ipynb #813cc751
@@ -312,7 +340,8 @@ def _merged(turns, parent, level): # a number for each distinct text under a par
 
 def _worth(leaves):
     silent = leaves['text'].fillna('').str.strip().eq('').to_numpy()
-    for i in np.flatnonzero(leaves['correct'].isna() & ~silent)[:1]: raise ValueError(f"leaf {leaves['turn_id'].iat[i]!r} was not graded: grade all turns of the last round")
+    for i in np.flatnonzero(leaves['correct'].isna() & ~silent)[:1]:
+        raise ValueError(f"leaf {leaves['turn_id'].iat[i]!r} was not graded: grade all turns of the last round")
     return np.where(silent, 0, leaves['correct'].fillna(0))
 
 # %% ../nbs/api/06_rewards.ipynb #cdec7afe
@@ -321,13 +350,16 @@ def example_tree(
 )->pd.DataFrame: # turns of one problem by their ids: `g`; `v1`, `v2`; `r1` to `r6`
     "A tree written by hand, for lessons and tests."
     levels = [[('g', [], leaves)]]
-    while below := [(parent, child) for parent, _, children in levels[-1] if isinstance(children, list) for child in children]:
+    while below := [(parent, child) for parent, _,
+                    children in levels[-1] if isinstance(children, list) for child in children]:
         levels.append([(f'{"gvr"[len(levels)]}{i}', [parent], child) for i, (parent, child) in enumerate(below, 1)])
     roles = dict(zip('gvr', ('generator', 'verifier', 'refiner')))
-    rows = [dict(turn_id=name, parent_ids=parent, context_id=f"for {''.join(parent)}", round=i, seat=i, role=roles[name[0]], agent=roles[name[0]],
+    rows = [dict(turn_id=name, parent_ids=parent, context_id=f"for {''.join(parent)}", round=i, seat=i,
+                 role=roles[name[0]], agent=roles[name[0]],
                  text=f'{name} has its say', correct=np.nan if isinstance(child, list) else float(child))
             for i, level in enumerate(levels) for name, parent, child in level]
-    return pd.DataFrame(rows, index=[row['turn_id'] for row in rows]).assign(problem_id='p1', finish_reason='stop', model_key='by hand')
+    return pd.DataFrame(rows, index=[row['turn_id'] for row in rows]).assign(problem_id='p1', finish_reason='stop',
+                                                                             model_key='by hand')
 
 # %% ../nbs/api/06_rewards.ipynb #4e3608b0
 class Tree:
@@ -345,7 +377,8 @@ class Tree:
         children = self.children.get(above, [])
         for i in children:
             last = i == children[-1]
-            yield margin + ('' if above < 0 else '└─ ' if last else '├─ ') + f'{self.turns[i].value:.2f} {printable(self.turns[i].agent)}: {_start(self.turns[i].text, 60)}'
+            yield margin + ('' if above < 0 else '└─ ' if last
+                            else '├─ ') + f'{self.turns[i].value:.2f} {printable(self.turns[i].agent)}: {_start(self.turns[i].text, 60)}'
             yield from self._lines(i, margin + ('' if above < 0 else '   ' if last else '│  '))
 
     def _repr_html_(self): return ''.join(map(self._branch, self.children.get(-1, [])))
@@ -370,7 +403,9 @@ def show_tree(
     "A tree as a person reads it, coloured by value."
     check_turns(turns, 'problem_id', 'text', 'agent', 'value')
     several = turns['problem_id'].unique()
-    if len(several) != 1: raise ValueError(f"these are the trees of {len(several)} problems: show one, turns[turns.problem_id == {turns['problem_id'].iat[0]!r}] for instance" if len(turns) else 'there is no turn to show')
+    if len(several) != 1:
+        raise ValueError(f"these are the trees of {len(several)} problems: show one, turns[turns.problem_id == "
+                         f"{turns['problem_id'].iat[0]!r}] for instance" if len(turns) else 'there is no turn to show')
     return Tree(turns)
 
 # %% ../nbs/api/06_rewards.ipynb #e7836b33
@@ -384,7 +419,8 @@ def flip_labels(
     "A copy of a 0/1 score in which a share of the labels is turned around."
     if not 0 <= share <= 1: raise ValueError(f'share must lie in [0, 1], not {share}')
     rows = scores[scores['name'] == name]
-    if not rows['value'].isin([0, 1]).all(): raise ValueError(f'score {name!r} is not 0 or 1 everywhere: only labels can be flipped')
+    if not rows['value'].isin([0, 1]).all():
+        raise ValueError(f'score {name!r} is not 0 or 1 everywhere: only labels can be flipped')
     turned = seeded_draw(rows['turn_id'], seed).argsort().argsort() < round(share*len(rows))
     return score_rows(rows, flipped, f'flip-{share:g}-{seed}', value=np.where(turned, 1 - rows['value'], rows['value']))
 
@@ -399,7 +435,8 @@ def bias_rewards(
     said = turns[answering(turns)]
     check_turns(said, 'problem_id', 'reward', 'agent', mixed=True)
     if towards != 'length' and towards not in set(said['agent']):
-        raise ValueError(f"a reward is biased towards 'length' or an agent, not {towards!r}: there are {', '.join(sorted(said['agent'].unique()))}")
+        raise ValueError(f"a reward is biased towards 'length' or an agent, not {towards!r}: there are "
+                         f"{', '.join(sorted(said['agent'].unique()))}")
     taste = said['completion_tokens'] if towards == 'length' else said['agent'].eq(towards)
     within = lambda values: values.groupby(said['problem_id']).transform(_standard)
     biased = within(said['reward']) + strength*within(taste.astype(float))
@@ -444,17 +481,22 @@ def reward(
     case = turns.groupby(['problem_id', 'text'], sort=False, dropna=False).ngroup().to_numpy()
     cases = turns[~pd.Series(case, turns.index).duplicated()]
     questions = problem_facts(turns, problems, 'question')['question'][cases['problem_id']]
-    shown = [[*bare_question(q), dict(role='assistant', content=t)] for q, t in zip(questions, cases['text'].fillna(''))]
+    shown = [[*bare_question(q), dict(role='assistant', content=t)] for q,
+             t in zip(questions, cases['text'].fillna(''))]
     value = np.asarray(scorer.score(shown), dtype=float)
     _check_rewards(value, cases, scorer.model_key)
     return score_rows(turns, name, scorer.model_key, value=value[case])
 
 # %% ../nbs/api/06_rewards.ipynb #a9777feb
 def _check_rewards(value, cases, key):
-    if value.shape != (len(cases),): raise ValueError(f'reward model {key!r} gave numbers of shape {value.shape} for {len(cases)} answers: a reward model gives one per answer')
+    if value.shape != (len(cases),):
+        raise ValueError(f'reward model {key!r} gave numbers of shape {value.shape} for {len(cases)} answers: a reward '
+                         f'model gives one per answer')
     bad = np.flatnonzero(~np.isfinite(value))
-    if len(bad): raise ValueError(f"reward model {key!r} gave {value[bad[0]]} to turn {cases['turn_id'].iloc[bad[0]]!r}, and no number to {len(bad)} of {len(cases)} answers: "
-                                  'look at its weights and its number format')
+    if len(bad):
+        raise ValueError(f"reward model {key!r} gave {value[bad[0]]} to turn {cases['turn_id'].iloc[bad[0]]!r}, and no "
+                         f"number to {len(bad)} of {len(cases)} answers: "
+                         'look at its weights and its number format')
     if cases['text'].nunique() > 1 and np.ptp(value) == 0: raise ValueError(
         f'reward model {key!r} gave the same number, {value[0]:g}, to all {len(value)} answers: it cannot rank them')
 
@@ -466,7 +508,9 @@ def concordance(
 )->dict: # `share`, `low`, `high` (95 %), `problems`, `pairs`
     "How often a reward is higher for the answer with the property, within a problem."
     check_turns(turns, 'problem_id', 'text', target, reward, mixed=True)
-    if not turns[target].isin([0, 1]).all(): raise ValueError(f'target {target!r} is not 0 or 1 everywhere: it must say of each answer whether it has the property')
+    if not turns[target].isin([0, 1]).all():
+        raise ValueError(f'target {target!r} is not 0 or 1 everywhere: it must say of each answer whether it has the '
+                         f'property')
     once = turns.assign(text=turns['text'].fillna('').str.strip()).drop_duplicates(['problem_id', 'text'])
     has,lacks = (once.loc[once[target] == v, ['problem_id', reward]] for v in (1, 0))
     pairs = has.merge(lacks, on='problem_id')
@@ -501,5 +545,6 @@ def reward_table(
         rows += [dict(reward=name, question='right over wrong', **concordance(graded, correct, name)),
                  dict(reward=name, question=f'{target} among right', **order_among_right(turns, target, name, correct))]
     table = pd.DataFrame(rows)
-    verdicts = np.select([table['low'] > .5, table['high'] < .5], ['better than random', 'worse than random'], 'undecided')
+    verdicts = np.select([table['low'] > .5, table['high'] < .5], ['better than random', 'worse than random'],
+                         'undecided')
     return table.assign(verdict=verdicts)

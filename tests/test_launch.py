@@ -26,8 +26,10 @@ from warm import Warm
 
 TWO = Launch('ddp', 2)
 K = dict(batch_size=4, learning_rate=1e-3, schedule='cosine', warmup=.2, updates=4)
-SETTINGS = dict(sft=SFT(**K), sft_cut=SFT(**K, micro_batch_size=1, gradient_checkpointing=True), sft_lora=SFT(**K, lora_rank=4),
-                dpo=DPO(**K, alpha=.4), dpo_lora=DPO(**K, alpha=.4, lora_rank=4, micro_batch_size=2), reward=Reward(**K))
+SETTINGS = dict(sft=SFT(**K), sft_cut=SFT(**K, micro_batch_size=1, gradient_checkpointing=True),
+                sft_lora=SFT(**K, lora_rank=4),
+                dpo=DPO(**K, alpha=.4), dpo_lora=DPO(**K, alpha=.4, lora_rank=4, micro_batch_size=2),
+                reward=Reward(**K))
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +52,8 @@ def untied(initial, tmp_path_factory):
 def train(name, initial, table, folder, settings=None, **how):
     "Rows of very unequal lengths: a mean over tokens is no mean of the processes' means."
     settings,pairs = settings or SETTINGS[name],make_pairs(11)
-    if name.startswith('sft'): return train(initial, pairs.rename(columns={'chosen': 'completion'}), settings, folder, **how)
+    if name.startswith('sft'):
+        return train(initial, pairs.rename(columns={'chosen': 'completion'}), settings, folder, **how)
     if name.startswith('dpo'): return train(initial, pairs, settings, folder, table, **how)
     return train(initial, pairs, settings, folder, **how)
 
@@ -79,7 +82,8 @@ def agree(log, folder, whole, atol=2e-4):
         np.testing.assert_allclose(log[name], whole.log[name], rtol=1e-5, atol=2e-5, err_msg=name)
     there,here = weights(folder),weights(Path(whole.model.adapter or whole.model.path))
     assert there.keys() == here.keys()
-    assert max((there[n]-here[n]).abs().max().item() for n in here) < atol and {w.dtype for w in there.values()} == {torch.float32}
+    assert max((there[n]-here[n]).abs().max().item()
+               for n in here) < atol and {w.dtype for w in there.values()} == {torch.float32}
 
 
 @pytest.fixture(scope='module')
@@ -121,7 +125,9 @@ torch.distributed.destroy_process_group()
 '''
 
 
-def strategy(name): return pytest.param(name, marks=pytest.mark.skipif(name == 'zero3' and not find_spec('deepspeed'), reason='DeepSpeed is not installed'))
+def strategy(name):
+    return pytest.param(name, marks=pytest.mark.skipif(name == 'zero3' and not find_spec('deepspeed'),
+                                                       reason='DeepSpeed is not installed'))
 
 
 @pytest.mark.slow
@@ -129,32 +135,40 @@ def strategy(name): return pytest.param(name, marks=pytest.mark.skipif(name == '
 def test_two_processes_compute_what_one_does(initial, untied, table, undisturbed, tmp_path, name, monkeypatch):
     "Every kind of training, whole, in passes, with adapters; and one that falls and goes on from its checkpoint."
     launch = Launch(name, 2)
-    jobs = [job(kind, initial, table, tmp_path/kind, launch, monkeypatch) for kind in SETTINGS if (name, kind) != ('zero3', 'reward')]
+    jobs = [job(kind, initial, table, tmp_path/kind, launch, monkeypatch) for kind in SETTINGS
+            if (name, kind) != ('zero3', 'reward')]
     heads = [job(kind, untied, table, tmp_path/f'{kind}-untied', launch, monkeypatch) for kind in ('sft_cut', 'dpo')]
     falls = job('sft', initial, table, tmp_path/'falls', launch, monkeypatch, checkpoint_every=2)
     (tmp_path/'ranks.py').write_text(RANKS)
     env = os.environ | dict(TORCH_FORCE_WEIGHTS_ONLY_LOAD='1', DS_ACCELERATOR='cpu')
-    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', LAUNCH/f'{name}.yaml', '--num_processes', '2', '--main_process_port', '0',
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', LAUNCH/f'{name}.yaml',
+                           '--num_processes', '2', '--main_process_port', '0',
                            tmp_path/'ranks.py', name, *jobs, *heads, falls], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for folder in (*jobs, *heads, falls):
         kind,_,other = folder.parent.name.replace('falls', 'sft').partition('-')
-        agree(training.pd.read_parquet(folder/'log.parquet'), folder.parent, undisturbed(kind, untied if other else initial))
+        agree(training.pd.read_parquet(folder/'log.parquet'), folder.parent,
+              undisturbed(kind, untied if other else initial))
     assert not (tmp_path/'falls'/'checkpoints').exists()
     assert not [p for p in tmp_path.rglob('*') if p.suffix in ('.bin', '.pt', '.pth')]
 
 
 @pytest.mark.slow
 def test_one_launched_process_writes_the_bytes_of_none(initial, table, tmp_path, capfd):
-    one,none = (train('dpo', initial, table, tmp_path/name, launch=launch) for name, launch in [('one', Launch('ddp', 1)), ('none', Launch())])
-    assert one.log.equals(none.log) and one.counts == none.counts and one.model == replace(none.model, path=str(tmp_path/'one'))
+    one,none = (train('dpo', initial, table, tmp_path/name, launch=launch) for name,
+                launch in [('one', Launch('ddp', 1)), ('none', Launch())])
+    assert one.log.equals(none.log) and one.counts == none.counts and one.model == replace(none.model,
+                                                                                           path=str(tmp_path/'one'))
     assert one.cost.keys() == none.cost.keys() and one.cost['tokens'] == none.cost['tokens'] and one.cost['updates'] == 4
-    assert {p.name: p.read_bytes() for p in (tmp_path/'one').iterdir()} == {p.name: p.read_bytes() for p in (tmp_path/'none').iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path/'one').iterdir()} == {p.name: p.read_bytes()
+                                                                            for p in (tmp_path/'none').iterdir()}
     out,err = capfd.readouterr()
     assert not out and 'arning' not in err
 
 
-def processes(folder): return [p for p in psutil.process_iter(['cmdline']) if str(folder) in (p.info['cmdline'] or []) and p.status() != psutil.STATUS_ZOMBIE]
+def processes(folder):
+    return [p for p in psutil.process_iter(['cmdline']) if str(folder) in (p.info['cmdline'] or [])
+            and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def wait_for(condition, seconds=120):
@@ -178,13 +192,16 @@ def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_
         os.kill(int((folder/'process-1.pid').read_text()), signal.SIGKILL)
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(ChildProcessError, match=r"launched training of 'random0' died: process 1 of 2 was ended by SIGKILL.* goes on from the last one when"):
+    with pytest.raises(ChildProcessError,
+                       match=r"launched training of 'random0' died: process 1 of 2 was ended by SIGKILL.* goes on from the last one when"):
         train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, checkpoint_every=10, progress=False)
     killer.join()
     assert not processes(folder)
     [checkpoint] = (tmp_path/'out'/'checkpoints').iterdir()
-    assert {'checksums.json', 'rng_state_0.pth', 'rng_state_1.pth', 'optimizer.pt'} <= {p.name for p in checkpoint.iterdir()} and not (checkpoint/'training_args.bin').exists()
-    with pytest.raises(ValueError, match='another model, rows or settings'): train('dpo', initial, table, tmp_path/'out', settings)
+    assert {'checksums.json', 'rng_state_0.pth', 'rng_state_1.pth',
+            'optimizer.pt'} <= {p.name for p in checkpoint.iterdir()} and not (checkpoint/'training_args.bin').exists()
+    with pytest.raises(ValueError, match='another model, rows or settings'):
+        train('dpo', initial, table, tmp_path/'out', settings)
     resumed = train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, progress=False)
     whole = train('dpo', initial, table, tmp_path/'whole', settings, progress=False)
     agree(resumed.log[:20], tmp_path/'out', replace(whole, log=whole.log[:20]), atol=5e-3)
@@ -225,8 +242,10 @@ def test_an_interrupt_ends_all_processes(initial, table, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_inside_comes_back_as_its_sentence(initial, table, tmp_path):
-    with pytest.raises(FloatingPointError, match=r'^the (loss|grad_norm) became \w+ at update 3 of 4: lower the learning rate'):
-        train('sft', initial, table, tmp_path/'out', replace(SETTINGS['sft'], learning_rate=1e30), launch=TWO, checkpoint_every=2, progress=False)
+    with pytest.raises(FloatingPointError,
+                       match=r'^the (loss|grad_norm) became \w+ at update 3 of 4: lower the learning rate'):
+        train('sft', initial, table, tmp_path/'out', replace(SETTINGS['sft'], learning_rate=1e30), launch=TWO,
+              checkpoint_every=2, progress=False)
     assert not processes(tmp_path/'out'/'launch') and not (tmp_path/'out'/'model.safetensors').exists()
     assert 'FloatingPointError' in (tmp_path/'out'/'launch'/'process-0.log').read_text()
 
@@ -234,15 +253,18 @@ def test_an_error_inside_comes_back_as_its_sentence(initial, table, tmp_path):
 def test_what_cannot_start_is_refused_before_anything_is_loaded(initial, table, tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'load_model', lambda *args, **kwargs: pytest.fail('loaded'))
     monkeypatch.setattr(training.subprocess, 'Popen', lambda *args, **kwargs: pytest.fail('started'))
-    go = lambda launch, **changes: train('dpo', initial, table, tmp_path/'out', replace(SETTINGS['dpo'], **changes), launch=launch)
+    go = lambda launch, **changes: train('dpo', initial, table, tmp_path/'out', replace(SETTINGS['dpo'], **changes),
+                                         launch=launch)
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f'port {port} is in use'): go(Launch('ddp', 2, port))
-    with pytest.raises(ValueError, match='processes=2 in passes of micro_batch_size=4: 8 must divide it'): go(TWO, micro_batch_size=4)
+    with pytest.raises(ValueError, match='processes=2 in passes of micro_batch_size=4: 8 must divide it'):
+        go(TWO, micro_batch_size=4)
     for name in ('fsdp', 'zero3'):
-        with pytest.raises(ValueError, match=f"'{name}' shares a model between GPUs, and this machine has none"): go(Launch(name, 2))
+        with pytest.raises(ValueError, match=f"'{name}' shares a model between GPUs, and this machine has none"):
+            go(Launch(name, 2))
     assert not (tmp_path/'out').exists()
 
 
@@ -250,13 +272,17 @@ def test_what_a_gpu_machine_refuses(monkeypatch):
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
     monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 4)
     check_launch(Launch('fsdp', 4), SFT())
-    with pytest.raises(ValueError, match='processes=8, but this machine has 4 GPUs'): check_launch(Launch('ddp', 8), SFT())
+    with pytest.raises(ValueError, match='processes=8, but this machine has 4 GPUs'):
+        check_launch(Launch('ddp', 8), SFT())
     monkeypatch.setattr(training, 'find_spec', lambda name: name == 'deepspeed')
-    with pytest.raises(ValueError, match="drawn whole, which 'zero3' cannot do: use 'fsdp'"): check_launch(Launch('zero3', 4), Reward())
+    with pytest.raises(ValueError, match="drawn whole, which 'zero3' cannot do: use 'fsdp'"):
+        check_launch(Launch('zero3', 4), Reward())
     monkeypatch.setattr(training, 'find_spec', lambda name: None)
     with pytest.raises(ModuleNotFoundError, match='pip install deepspeed'): check_launch(Launch('zero3', 4), SFT())
-    with pytest.raises(ModuleNotFoundError, match='pip install bitsandbytes'): check_launch(Launch(), SFT(lora_rank=8, quantized=True))
-    with pytest.raises(ValueError, match="use 'ddp', not 'fsdp'"): check_launch(Launch('fsdp', 4), SFT(lora_rank=8, quantized=True))
+    with pytest.raises(ModuleNotFoundError, match='pip install bitsandbytes'):
+        check_launch(Launch(), SFT(lora_rank=8, quantized=True))
+    with pytest.raises(ValueError, match="use 'ddp', not 'fsdp'"):
+        check_launch(Launch('fsdp', 4), SFT(lora_rank=8, quantized=True))
 
 
 def test_one_process_uses_one_gpu(initial, tmp_path, monkeypatch):

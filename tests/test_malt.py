@@ -69,9 +69,11 @@ def test_what_is_measured_adds_up(record):
     assert np.allclose(flips.groupby('arm').share.sum(), 1)
     readouts = pd.read_csv(record[1]/'readouts.csv').set_index(['arm', 'readout']).accuracy
     ends = flips[flips.flip.isin(['wrong to right', 'right to right'])].groupby('arm').share.sum()
-    for arm, last in dict(malt='refiner', gv='verifier', gr='refiner').items(): assert ends[arm] == pytest.approx(readouts[arm, f'after {last}'])
+    for arm, last in dict(malt='refiner', gv='verifier', gr='refiner').items():
+        assert ends[arm] == pytest.approx(readouts[arm, f'after {last}'])
     assert readouts['malt', 'vote'] == pytest.approx(rows[rows.arm == 'malt'].c.mean())
-    assert set(rows.arm) & {'malt_harder', 'ma_vote_harder'} == set() and 'harder' in set(pd.read_csv(record[1]/'sweep.csv').value)
+    assert set(rows.arm) & {'malt_harder',
+                            'ma_vote_harder'} == set() and 'harder' in set(pd.read_csv(record[1]/'sweep.csv').value)
     updates = costs.set_index('arm').updates
     assert updates['malt'] == updates['gold_sft'] == 5 and updates['star_ma_vote'] == 3
     assert manifest['bases']['malt'] == 'ma_vote' and manifest['bases']['gold_sft'] == 'sa_vote'
@@ -84,12 +86,16 @@ def test_dpo_begins_at_the_fine_tuned_model(record):
     assert margins.iloc[0] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize('variant', [dict(lora_rank=4, sft_learning_rate=1e-3), dict(verifier='tiny:products', generator_dpo=True, n_pairs=1), dict(gap=.5, threshold=.4, branching=(3, 2, 1))], ids=str)
+@pytest.mark.parametrize('variant', [dict(lora_rank=4, sft_learning_rate=1e-3),
+                                     dict(verifier='tiny:products', generator_dpo=True, n_pairs=1),
+                                     dict(gap=.5, threshold=.4, branching=(3, 2, 1))], ids=str)
 def test_variants_run_to_the_end(variant, runs):
-    done = compute(Run('variant', variant, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')
+    done = compute(Run('variant', variant, root=runs), MALT,
+                   MALT.settings('smoke', **SMALL | dict(n_train=6) | variant), 'malt', [0], 'dev')
     step = done[-1]
     assert step.arm.name == 'malt' and any(f.training for f in step.fits)
-    if 'lora_rank' in variant: assert len({a.model.path for a in step.team}) == 1 and any(a.model.adapter for a in step.team)
+    if 'lora_rank' in variant:
+        assert len({a.model.path for a in step.team}) == 1 and any(a.model.adapter for a in step.team)
     if 'generator_dpo' in variant: assert [f.objective for f in step.fits if f.learner == 'generator'] == ['sft', 'dpo']
 
 
@@ -110,15 +116,18 @@ def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
     assert pd.read_parquet(record/'calls.parquet').not_asked.sum() == 3
     readouts = pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists() else {}
     assert len(readouts) == 3 and readouts['after refiner'] == 0
-    with pytest.raises(ValueError, match="star_ma: nothing to learn for generator: chosen: "): compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
+    with pytest.raises(ValueError, match="star_ma: nothing to learn for generator: chosen: "):
+        compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
 
 
 def test_nobody_right_is_one_sentence(runs):
     with pytest.raises(ValueError, match="malt: nothing to learn for generator: chosen: .* wrong"):
-        compute(Run('wrong', {}, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt', [0], 'dev')
+        compute(Run('wrong', {}, root=runs), MALT, MALT.settings('smoke', **SMALL | dict(form='a*b*c*d*e')), 'malt',
+                [0], 'dev')
 
 
-@pytest.mark.parametrize('leaves,fate', [([[1, 1], [1, 1]], 'nothing to reject'), ([[0, 0], [0, 0]], 'nothing to choose')])
+@pytest.mark.parametrize('leaves,fate', [([[1, 1], [1, 1]], 'nothing to reject'),
+                                         ([[0, 0], [0, 0]], 'nothing to choose')])
 def test_a_role_without_pairs_says_why(leaves, fate, tmp_path):
     tree = example_tree(leaves)
     value = float(leaves[0][0])
@@ -127,7 +136,8 @@ def test_a_role_without_pairs_says_why(leaves, fate, tmp_path):
         asked = pd.DataFrame(dict(context_id=tree.context_id.unique()))
         return dict(turns=tree.assign(split='train', purpose='train', iteration=1),
                     contexts=asked.assign(messages=[[dict(role='user', content='?')]]*len(asked)),
-                    scores=pd.DataFrame(dict(turn_id=tree.turn_id, name='positive', value=value, label=None, scorer_key='by hand')))
+                    scores=pd.DataFrame(dict(turn_id=tree.turn_id, name='positive', value=value, label=None,
+                                             scorer_key='by hand')))
 
     run = Run('pairs', {}, root=tmp_path)
     turns = run.stage(grown)
@@ -173,15 +183,18 @@ def test_word_problems_of_dev_and_test_are_disjoint_and_repeat():
     (dict(arms='mallt'), "malt has no arm 'mallt'")])
 def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        compute(Run('refused', {}, root=tmp_path), MALT, MALT.settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
+        compute(Run('refused', {}, root=tmp_path), MALT, MALT.settings('smoke'),
+                **dict(arms='core', seeds=[0], split='dev') | how)
     assert not list(tmp_path.rglob('*.parquet'))
 
 
 @pytest.mark.parametrize('preset', ['smoke', 'tiny'])
 def test_there_are_enough_harder_problems_and_none_was_trained_on(preset, tmp_path):
     s, run = MALT.presets[preset], Run('harder', {}, root=tmp_path)
-    harder = run.stage(make_harder, source=s.source, form=s.form, low=s.hard_low, high=s.high, question=s.question, n=s.n_hard, seed=s.problem_seed).read('problems')
-    trained_on = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question, data='', n_train=s.n_train, n_dev=1, n_test=1, seed=s.problem_seed).read('problems')
+    harder = run.stage(make_harder, source=s.source, form=s.form, low=s.hard_low, high=s.high, question=s.question,
+                       n=s.n_hard, seed=s.problem_seed).read('problems')
+    trained_on = run.stage(make_problems, source=s.source, form=s.form, low=s.low, high=s.high, question=s.question,
+                           data='', n_train=s.n_train, n_dev=1, n_test=1, seed=s.problem_seed).read('problems')
     assert (harder.groupby('split').size() == s.n_hard).all()
     assert set(harder.problem_id).isdisjoint(trained_on.problem_id[trained_on.split == 'train'])
 

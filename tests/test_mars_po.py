@@ -13,7 +13,8 @@ from mapo.record import redraw
 from mapo.runs import Run
 from mapo.tiny import train_tiny
 
-SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4, reward_updates=2)
+SMALL = dict(n_train=8, n_dev=4, n_test=4, n_samples=4, n_evaluate=1, iterations=2, updates=2, batch_size=4,
+             reward_updates=2)
 ONCE = SMALL | dict(iterations=1)
 
 
@@ -28,13 +29,16 @@ def test_every_setting_of_every_preset_is_of_the_type_that_is_said():
         assert MARS_PO.settings('tiny', **checked('mars_po', given)['overrides']) == preset
 
 
-@pytest.mark.parametrize('variant', [pytest.param(dict(lora_rank=4, learning_rate=1e-3), marks=pytest.mark.slow), dict(reference='initial'), dict(init='initial'), dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
+@pytest.mark.parametrize('variant', [pytest.param(dict(lora_rank=4, learning_rate=1e-3), marks=pytest.mark.slow),
+                                     dict(reference='initial'), dict(init='initial'),
+                                     dict(n_samples=1, n_positives=0, n_negatives=0, n_pairs=0)])
 def test_variants_run_to_the_end(variant, runs):
     run = Run('variant', variant, root=runs)
     settings = MARS_PO.settings('smoke', **SMALL | variant)
     record = experiment(run, MARS_PO, settings, 'mars_po,sft_hybrid', [0], 'dev')
     rows = pd.read_parquet(record/'results.parquet')
-    assert set(zip(rows.arm, rows.iteration)) == {('base', 0), *((arm, t) for arm in ('sft_hybrid', 'mars_po') for t in (1, 2))}
+    assert set(zip(rows.arm, rows.iteration)) == {('base', 0),
+                                                  *((arm, t) for arm in ('sft_hybrid', 'mars_po') for t in (1, 2))}
     assert (rows.n == 1).all() and rows.problem_id.nunique() == 4
 
 
@@ -42,7 +46,9 @@ def test_the_initial_reference_is_not_the_previous_one(runs):
     "At iteration 2 the first step's log-ratios are zero against the previous model, and not against the initial one."
     margins = {}
     for reference in ('previous', 'initial'):
-        record = experiment(Run(reference, {}, root=runs), MARS_PO, MARS_PO.settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3), 'mars_po', [0], 'dev')
+        record = experiment(Run(reference, {}, root=runs), MARS_PO,
+                            MARS_PO.settings('smoke', **SMALL, order='drawn', reference=reference, learning_rate=1e-3),
+                            'mars_po', [0], 'dev')
         curves = pd.read_csv(record/'training.csv').set_index('step')
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
@@ -61,15 +67,18 @@ def every(runs):
 
 @pytest.mark.slow
 def test_arms_share_the_samples_they_have_in_common(every):
-    keys = lambda same: {step.turns.key for arm, step in every[1].items() if step.turns and arm.endswith('_same') == same}
+    keys = lambda same: {step.turns.key for arm,
+                         step in every[1].items() if step.turns and arm.endswith('_same') == same}
     assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
 
 
 @pytest.mark.slow
 def test_arms_that_are_compared_learn_from_the_same_problems(every):
-    asked = lambda arm, agent: {p for f in every[1][arm].fits if f.learner == agent for p in f.data.read('data').problem_id}
+    asked = lambda arm, agent: {p for f in every[1][arm].fits if f.learner == agent
+                                for p in f.data.read('data').problem_id}
     for agent in [a.name for a in every[1]['mars_po'].team]:
-        assert asked('mars_po', agent) == asked('sft_hybrid', agent) == asked('mars_po_random', agent) == asked('mars_po_pooled', agent)
+        assert asked('mars_po', agent) == asked('sft_hybrid', agent) == asked('mars_po_random',
+                                                                              agent) == asked('mars_po_pooled', agent)
 
 
 @pytest.mark.slow
@@ -87,7 +96,8 @@ def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     assert set(pd.read_csv(record/'selection.csv').arm) == {arm.name for arm in ARMS if arm.data}
     assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'} # the first that each reward model chose for
     drawn = {p.name for p in redraw(record, tmp_path)}
-    assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png', 'training.png'} <= drawn
+    assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png',
+            'training.png'} <= drawn
 
 
 @pytest.mark.slow
@@ -99,7 +109,8 @@ def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
     keys = {step.seed: set(step.measured['evaluate'][0].read('turns').model_key) for step in steps}
     assert len(keys[0]) == len(keys[1]) == 3 and not keys[0] & keys[1]
     with pytest.raises(ValueError, match='seed 1 trains its models from scratch, which only tiny ones can be'):
-        compute(Run('other', {}, root=tmp_path), MARS_PO, replace(settings, agents=('somebody/model',)), 'base', [1], 'dev')
+        compute(Run('other', {}, root=tmp_path), MARS_PO, replace(settings, agents=('somebody/model',)), 'base', [1],
+                'dev')
 
 
 @pytest.mark.parametrize('how,sentence', [
@@ -109,7 +120,8 @@ def test_seeds_that_retrain_begin_elsewhere(tmp_path, monkeypatch):
     (dict(arms='mars'), "mars_po has no arm 'mars'")])
 def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        compute(Run('refused', {}, root=tmp_path), MARS_PO, MARS_PO.settings('smoke'), **dict(arms='core', seeds=[0], split='dev') | how)
+        compute(Run('refused', {}, root=tmp_path), MARS_PO, MARS_PO.settings('smoke'),
+                **dict(arms='core', seeds=[0], split='dev') | how)
     assert not list(tmp_path.rglob('*.parquet'))
 
 
@@ -118,7 +130,8 @@ def test_what_cannot_be_run_is_refused_first(how, sentence, tmp_path):
     ('./nowhere', "there is no file or folder './nowhere'")])
 def test_a_reward_model_that_is_none_is_refused(path, sentence, tmp_path):
     settings = MARS_PO.settings('smoke', **SMALL, reward_model=path)
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence): compute(Run('none', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        compute(Run('none', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
 def asked(run): return {(s['stage'], s['key']) for s in run.stages}
@@ -134,7 +147,9 @@ def test_one_more_alpha_trains_again_and_does_not_sample_again(runs):
 
 def test_nobody_right_is_one_sentence(tmp_path):
     settings = MARS_PO.settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
-    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward model: problems: 8 nothing to choose'): experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
+    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward model: problems: 8 nothing to '
+                                         'choose'):
+        experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
 @pytest.mark.parametrize('command,sentence', [
@@ -151,7 +166,8 @@ def test_a_mistake_is_one_sentence_and_an_exit_status(command, sentence, tmp_pat
 
 def test_the_command_refuses_an_unknown_preset_before_anything_is_computed(tmp_path):
     import os
-    out = subprocess.run([str(Path(sys.executable).parent/'mapo'), 'run', 'mars_po', '--preset', 'huge'], capture_output=True, text=True, env=os.environ | dict(MAPO_RUNS=str(tmp_path)))
+    out = subprocess.run([str(Path(sys.executable).parent/'mapo'), 'run', 'mars_po', '--preset', 'huge'],
+                         capture_output=True, text=True, env=os.environ | dict(MAPO_RUNS=str(tmp_path)))
     assert out.returncode == 1
     assert out.stderr.strip().splitlines()[-1] == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper"
     assert not list(tmp_path.rglob('*.parquet')) and not list(tmp_path.rglob('manifest.json'))

@@ -22,7 +22,8 @@ SECONDS = 300 # for one
 def files(folder): return {p for p in folder.rglob('*') if '__pycache__' not in p.parts}
 
 
-@pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.xdist_group(p.stem)) for p in NOTEBOOKS if p.parent.name != 'papers'], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.xdist_group(p.stem)) for p in NOTEBOOKS
+                                  if p.parent.name != 'papers'], ids=lambda p: p.stem)
 def test_notebook_runs(path, checkout, tmp_path):
     before = files(checkout)
     code, said = Warm(RUN, path, said=tmp_path/'said', cwd=checkout, PYTHONPATH=checkout).wait(SECONDS)

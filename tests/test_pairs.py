@@ -9,14 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo.pairs import (MESSAGES, Selection, as_sampled, corrected_and_kept, cross, distinct, hash_texts, hashed, hybrid_pairs, hybrid_positives, losers, own_contexts,
+from mapo.pairs import (MESSAGES, Selection, as_sampled, corrected_and_kept, cross, distinct, hash_texts, hashed,
+                        hybrid_pairs, hybrid_positives, losers, own_contexts,
                         own_pairs, own_positives, pooled_pairs, reward_pairs, teach, to_arrow, winners, with_mistakes)
 from mapo.rewards import example_turns
 
 AGENTS = ['ada', 'bob', 'cid']
 QUESTIONS = pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(30)], question='?'))
 EVERY = Selection(n_positives=0, n_negatives=0, n_pairs=0)
-BUILDERS = dict(hybrid_pairs=(hybrid_pairs, AGENTS, ['ada']), own_pairs=(own_pairs, ['ada'], ['ada']), pooled_pairs=(pooled_pairs, AGENTS, AGENTS))
+BUILDERS = dict(hybrid_pairs=(hybrid_pairs, AGENTS, ['ada']), own_pairs=(own_pairs, ['ada'], ['ada']),
+                pooled_pairs=(pooled_pairs, AGENTS, AGENTS))
 
 
 def random_turns(seed, n_problems=30, n=6):
@@ -26,8 +28,10 @@ def random_turns(seed, n_problems=30, n=6):
                 for i in range(n_problems) if rng.random() < .9} for a in AGENTS}
     turns = example_turns(said)
     score = rng.choice([0., 1., np.nan], p=[.45, .45, .1], size=len(turns))
-    turns = turns.assign(correct=score, reward=rng.random(len(turns)), finish_reason=rng.choice(['stop', 'length'], p=[.8, .2], size=len(turns)))
-    contexts = pd.DataFrame(dict(context_id=turns.context_id.unique())).assign(messages=lambda t: [[dict(role='user', content=f'ask {c}')] for c in t.context_id])
+    turns = turns.assign(correct=score, reward=rng.random(len(turns)),
+                         finish_reason=rng.choice(['stop', 'length'], p=[.8, .2], size=len(turns)))
+    contexts = pd.DataFrame(dict(context_id=turns.context_id.unique())).assign(messages=lambda t: [[dict(role='user',
+                                                                                                         content=f'ask {c}')] for c in t.context_id])
     return turns.sample(frac=1, random_state=seed).reset_index(drop=True), contexts
 
 
@@ -54,7 +58,8 @@ def test_pairs_are_what_the_rules_say(name, seed):
     asked = set(turns.problem_id[turns.agent == 'ada'])
     expected = {(p, w, l) for p in asked for w, l in product(right[p], wrong[p]) if w != l}
     table, counts = build(turns, contexts, 'ada', EVERY)
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
+           r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) == expected
     assert (table.context_id == 'ada-' + table.problem_id).all()
     assert all(prompt == [dict(role='user', content=f'ask {c}')] for prompt, c in zip(table.prompt, table.context_id))
@@ -67,7 +72,9 @@ def test_pairs_are_what_the_rules_say(name, seed):
     assert (by_id.finish_reason[table.chosen_id] == 'stop').all()
 
 
-@pytest.mark.parametrize('selection', [EVERY, Selection(), Selection(n_positives=1, n_negatives=2, n_pairs=1, order='reward', seed=3), replace(EVERY, by='context_id')])
+@pytest.mark.parametrize('selection', [EVERY, Selection(),
+                                       Selection(n_positives=1, n_negatives=2, n_pairs=1, order='reward', seed=3),
+                                       replace(EVERY, by='context_id')])
 @pytest.mark.parametrize('name', BUILDERS)
 def test_every_exclusion_is_counted(name, selection):
     turns, contexts = random_turns(7)
@@ -77,7 +84,8 @@ def test_every_exclusion_is_counted(name, selection):
     assert total['problems'] == turns[selection.by].nunique()
     fate = counts.set_index(['part', 'fate'])['count']
     assert fate['pairs', 'paired'] == len(table) and fate['problems', 'paired'] == table[selection.by].nunique()
-    chosen, rejected = (f(turns, a, selection).table[selection.by].value_counts() for f, a in zip((winners, losers), [*BUILDERS[name][1:]]))
+    chosen, rejected = (f(turns, a, selection).table[selection.by].value_counts() for f,
+                        a in zip((winners, losers), [*BUILDERS[name][1:]]))
     assert total['pairs'] == (chosen*rejected).sum()
     assert (counts['count'] > 0).all() and (counts.agent == 'ada').all()
 
@@ -113,26 +121,33 @@ def test_ranked_only_takes_the_highest_reward_right_or_wrong(seed):
     best, wrong = slowly_best(turns, 2), slowly(turns, ['ada'], False)
     asked = set(turns.problem_id[turns.agent == 'ada'])
     table, counts = hybrid_pairs(turns, contexts, 'ada', selection)
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
-    assert len(got) == len(set(got)) and set(got) == {(p, w, l) for p in asked for w, l in product(best[p], wrong[p]) if w != l}
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
+           r in zip(table.problem_id, table.chosen, table.rejected)]
+    assert len(got) == len(set(got)) and set(got) == {(p, w, l) for p in asked for w,
+                                                      l in product(best[p], wrong[p]) if w != l}
     assert 'wrong' not in set(counts.query("part == 'chosen'").fate) and counts.query("part == 'chosen'")['count'].sum() == len(turns)
-    assert losers(turns, ['ada'], selection).table.equals(losers(turns, ['ada'], replace(selection, verified=True)).table)
+    assert losers(turns, ['ada'], selection).table.equals(losers(turns, ['ada'],
+                                                                 replace(selection, verified=True)).table)
 
 
 @pytest.mark.parametrize('selection', [EVERY, Selection(n_positives=1, n_negatives=2, n_pairs=2, seed=3)])
 def test_reward_pairs_are_right_over_wrong_under_the_bare_question(selection):
     turns, _ = random_turns(3)
-    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(question=lambda p: 'what is ' + p.problem_id)
+    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(question=lambda p: 'what is '
+                                                                               + p.problem_id)
     table, counts = reward_pairs(turns, problems, selection)
     right, wrong = slowly(turns, AGENTS, True), slowly(turns, AGENTS, False)
     everything = {(p, w, l) for p in right for w, l in product(right[p], wrong[p]) if w != l}
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
+           r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) <= everything and (selection != EVERY or set(got) == everything)
-    assert all(prompt == [dict(role='user', content=f'what is {p}')] for prompt, p in zip(table.prompt, table.problem_id))
+    assert all(prompt == [dict(role='user', content=f'what is {p}')] for prompt,
+               p in zip(table.prompt, table.problem_id))
     assert (table.agent == '').all() and (table.context_id == '').all() and set(table.chosen_agent) == set(AGENTS)
     total = counts.groupby('part')['count'].sum()
     assert total['chosen'] == total['rejected'] == len(turns) and total['problems'] == turns.problem_id.nunique()
-    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum() and (counts.agent == '').all()
+    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum() and (counts.agent
+                                                                                                  == '').all()
     assert table.equals(reward_pairs(turns, problems, selection).table)
 
 
@@ -144,7 +159,8 @@ def test_equal_texts_are_averaged_before_they_are_labelled():
 
 
 def test_no_seat_is_favoured_where_several_wrote_the_same():
-    turns = example_turns({agent: {f'p{i}': ['x'] for i in range(400)} for agent in ('ada', 'bob', 'cid', 'dan')}).assign(correct=1.)
+    turns = example_turns({agent: {f'p{i}': ['x'] for i in range(400)} for agent in ('ada', 'bob', 'cid',
+                                                                                     'dan')}).assign(correct=1.)
     who = winners(turns, None, EVERY).table
     assert sorted(who.problem_id) == sorted(f'p{i}' for i in range(400))
     assert who.agent.value_counts().between(70, 130).all() # 100 each, 3.5 standard errors
@@ -168,7 +184,8 @@ def test_selection_depends_neither_on_the_order_nor_on_other_problems():
     turns, contexts = random_turns(9)
     selection = Selection(n_positives=2, n_negatives=2, n_pairs=3)
     ids = lambda t: set(zip(t.chosen_id, t.rejected_id))
-    texts = turns.drop_duplicates(['problem_id', 'agent', 'text']).assign(text=lambda t: t.turn_id + t.text, finish_reason='stop') # nothing merges
+    texts = turns.drop_duplicates(['problem_id', 'agent', 'text']).assign(text=lambda t: t.turn_id + t.text,
+                                                                          finish_reason='stop') # nothing merges
     whole = ids(hybrid_pairs(texts, contexts, 'ada', selection).table)
     assert ids(hybrid_pairs(texts.sample(frac=1, random_state=1), contexts, 'ada', selection).table) == whole
     half = texts[texts.problem_id < 'p2']
@@ -188,18 +205,21 @@ def test_columns_are_those_of_the_data_model_and_survive_parquet_datasets_and_co
     turns, contexts = random_turns(10)
     pairs = pd.concat([hybrid_pairs(turns, contexts, a).table for a in AGENTS], ignore_index=True)
     examples = hybrid_positives(turns, contexts, 'bob').table
-    assert [*pairs] == ['prompt', 'chosen', 'rejected', 'problem_id', 'agent', 'context_id', 'chosen_id', 'rejected_id', 'chosen_agent',
+    assert [*pairs] == ['prompt', 'chosen', 'rejected', 'problem_id', 'agent', 'context_id', 'chosen_id', 'rejected_id',
+                        'chosen_agent',
                         'rejected_agent', 'chosen_model', 'rejected_model', 'rejected_finish']
     assert pairs.rejected_finish.tolist() == turns.set_index('turn_id').finish_reason[pairs.rejected_id].tolist()
     assert set(pairs.rejected_finish) == {'stop', 'length'}
-    assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent', 'source_model', 'copies']
+    assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent',
+                           'source_model', 'copies']
     pq.write_table(to_arrow(pairs), tmp_path/'pairs.parquet')
     again = pd.read_parquet(tmp_path/'pairs.parquet')
     assert [c[0]['content'] for c in again.chosen] == [c[0]['content'] for c in pairs.chosen]
     datasets, trl = pytest.importorskip('datasets'), pytest.importorskip('trl')
     row = datasets.Dataset(to_arrow(pairs))[0]
     assert trl.is_conversational(row) and row['prompt'] == pairs.prompt[0] and row['chosen'] == pairs.chosen[0]
-    loaded = datasets.load_dataset('parquet', data_files=str(tmp_path/'pairs.parquet'), split='train', cache_dir=str(tmp_path))
+    loaded = datasets.load_dataset('parquet', data_files=str(tmp_path/'pairs.parquet'), split='train',
+                                   cache_dir=str(tmp_path))
     assert loaded[0] == row
 
 
@@ -218,7 +238,8 @@ def test_pairs_and_examples_bring_the_ids_of_the_turns_they_name(held, tmp_path)
     pairs = hybrid_pairs(turns, contexts, 'ada', EVERY).table
     examples = as_sampled(hybrid_positives(turns, contexts, 'ada', EVERY)).table
     key = turns.set_index('turn_id').tokenizer
-    for table, side, turn in ((pairs, 'chosen_', 'chosen_id'), (pairs, 'rejected_', 'rejected_id'), (examples, '', 'turn_id')):
+    for table, side, turn in ((pairs, 'chosen_', 'chosen_id'), (pairs, 'rejected_', 'rejected_id'),
+                              (examples, '', 'turn_id')):
         pq.write_table(to_arrow(table), tmp_path/'rows.parquet')
         found = pq.read_table(tmp_path/'rows.parquet')
         assert found.schema.field(f'{side}tokens').type.value_type == pa.int32()
@@ -229,7 +250,8 @@ def test_pairs_and_examples_bring_the_ids_of_the_turns_they_name(held, tmp_path)
 def test_contexts_may_come_from_memory_or_from_parquet(tmp_path):
     turns, contexts = random_turns(11)
     contexts.to_parquet(tmp_path/'contexts.parquet')
-    as_arrow = contexts.assign(messages=pd.Series(pa.array(contexts.messages.tolist(), MESSAGES), dtype=pd.ArrowDtype(MESSAGES)))
+    as_arrow = contexts.assign(messages=pd.Series(pa.array(contexts.messages.tolist(), MESSAGES),
+                                                  dtype=pd.ArrowDtype(MESSAGES)))
     for other in (pd.read_parquet(tmp_path/'contexts.parquet'), as_arrow):
         assert own_pairs(turns, other, 'ada').table.equals(own_pairs(turns, contexts, 'ada').table)
 
@@ -246,7 +268,8 @@ def test_texts_that_break_naive_code():
     turns = example_turns({'ada': {'p': hostile}}).assign(correct=[1., 0.]*3)
     contexts = pd.DataFrame(dict(context_id=['ada-p'], messages=[[dict(role='user', content='?')]]))
     table = own_pairs(turns, contexts, 'ada', EVERY).table
-    assert {c[0]['content'] for c in table.chosen} == set(hostile[::2]) and {r[0]['content'] for r in table.rejected} == set(hostile[1::2])
+    assert {c[0]['content'] for c in table.chosen} == set(hostile[::2]) and {r[0]['content']
+                                                                             for r in table.rejected} == set(hostile[1::2])
     assert len(set(hash_texts(turns.text))) == len(hostile)
 
 
@@ -267,15 +290,19 @@ def test_winners_of_other_turns_are_refused():
 
 def test_hashing_once_changes_nothing():
     turns, contexts = random_turns(15)
-    for agent in AGENTS: assert hybrid_pairs(hashed(turns), contexts, agent).table.equals(hybrid_pairs(turns, contexts, agent).table)
+    for agent in AGENTS:
+        assert hybrid_pairs(hashed(turns), contexts, agent).table.equals(hybrid_pairs(turns, contexts, agent).table)
 
 
 def random_debate(seed, n_problems=60, seats=3, rounds=3):
     "Turns whose answers agree at random, a summary before every critic's turn, in shuffled order with a broken index."
     rng = np.random.default_rng(seed)
-    rows = [dict(turn_id=f'{p}-{s}-{r}{role[0]}', context_id=f'{p}-{s}-{r}{role[0]}', problem_id=f'p{p}', split='train', purpose='train', iteration=1, round=r, seat=s,
-                 agent=f'{role}-{s}', role=role, text=f'{role} {s} {r}', finish_reason='stop', model_key='m', agrees=float(rng.random() < .6))
-            for p in range(n_problems) for s in range(seats) for r in range(rounds) for role in (['generator'] if r == 0 else ['summarizer', 'critic'])]
+    rows = [dict(turn_id=f'{p}-{s}-{r}{role[0]}', context_id=f'{p}-{s}-{r}{role[0]}', problem_id=f'p{p}', split='train',
+                 purpose='train', iteration=1, round=r, seat=s,
+                 agent=f'{role}-{s}', role=role, text=f'{role} {s} {r}', finish_reason='stop', model_key='m',
+                 agrees=float(rng.random() < .6))
+            for p in range(n_problems) for s in range(seats) for r in range(rounds)
+            for role in (['generator'] if r == 0 else ['summarizer', 'critic'])]
     return pd.DataFrame(rows, index=np.zeros(len(rows), int)).sample(frac=1, random_state=seed)
 
 
@@ -285,11 +312,14 @@ def test_critics_learn_corrected_and_kept_turns_in_the_stated_share(share, criti
     for seed in range(5):
         debate = random_debate(seed)
         found, counts = corrected_and_kept(debate, 1, share, critic_turns)
-        said = {(t.problem_id, t.round): t.agrees for t in debate[(debate.seat == 1) & (debate.role != 'summarizer')].itertuples()}
-        may = {(p, r) for (p, r), agrees in said.items() if said[p, 2] and r > 0 and (agrees if critic_turns == 'all agreeing' else r == 2)}
+        said = {(t.problem_id, t.round): t.agrees
+                for t in debate[(debate.seat == 1) & (debate.role != 'summarizer')].itertuples()}
+        may = {(p, r) for (p, r), agrees in said.items() if said[p, 2] and r > 0
+               and (agrees if critic_turns == 'all agreeing' else r == 2)}
         sets = dict(corrected={c for c in may if not said[c[0], 0]}, kept={c for c in may if said[c[0], 0]})
         taken = {name: {(t.problem_id, t.round) for t in found[found.lesson == name].itertuples()} for name in sets}
-        assert all(taken[name] <= sets[name] for name in sets) and set(found.seat) == {1} and set(found.role) == {'critic'}
+        assert all(taken[name] <= sets[name]
+                   for name in sets) and set(found.seat) == {1} and set(found.role) == {'critic'}
         assert any(taken[name] == sets[name] for name in sets), 'only the larger set is cut'
         assert abs(len(taken['corrected']) - share*len(found)) <= .5 + 1e-9
         assert counts['count'].sum() == 120

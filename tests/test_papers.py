@@ -19,14 +19,16 @@ SMOKE = {
     'mars_po': {'preset': 'smoke', 'arms': 'all', **test_mars_po.ONCE},
     'mars_po_rates': {'preset': 'smoke', 'arms': 'mars_po', 'rates': [1e-4], 'overrides': test_mars_po.SMALL},
     'multiagent_ft': {'preset': 'smoke', **test_multiagent_ft.SMALL, 'transfer': 'arithmetic'},
-    'multiagent_ft_rates': {'preset': 'smoke', 'arms': 'majority_ft', 'rates': [1e-4], 'overrides': test_multiagent_ft.SMALL},
+    'multiagent_ft_rates': {'preset': 'smoke', 'arms': 'majority_ft', 'rates': [1e-4],
+                            'overrides': test_multiagent_ft.SMALL},
     'small_agents': {'model': 'tiny:products', 'template': '', 'question': '{expression}', 'dtype': 'float32',
                      'n_lessons': 32, 'updates': 2, 'n_samples': 2},
     'tiny_world': {'trial': 'new', 'n': 20},
 }
 
 
-@pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.xdist_group(p.stem.removesuffix('_rates'))) for p in PAPERS], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [pytest.param(p, marks=pytest.mark.xdist_group(p.stem.removesuffix('_rates')))
+                                  for p in PAPERS], ids=lambda p: p.stem)
 def test_paper_notebook_runs(path, tmp_path):
     assert path.stem in SMOKE, f'tests/test_papers.py has no small size for {path.name}: add one to SMOKE'
     known = {**parameters(path), **settable(path.stem)} # settings by their own names, as `papermill -p` gives them

@@ -18,8 +18,10 @@ from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.methods import LICENCES
 from mapo.multiagent_ft import MULTIAGENT_FT
-from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, GPUS, KL_BUDGET, MAX_LENGTH, NLL_BUDGET, PAPERS, USABLE, Answering, Learning, Machine, Reading, Sizes, check_fit,
-                       count_parameters, fits, here, kept_bytes, licence_lines, lora_parameters, machine, machine_table, machine_totals, plan_paper, sampling_table,
+from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, GPUS, KL_BUDGET, MAX_LENGTH, NLL_BUDGET, PAPERS, USABLE, Answering,
+                       Learning, Machine, Reading, Sizes, check_fit,
+                       count_parameters, fits, here, kept_bytes, licence_lines, lora_parameters, machine, machine_table,
+                       machine_totals, plan_paper, sampling_table,
                        shortages, sizes, teachers, totals, training_memory)
 from mapo.runs import Run
 
@@ -46,19 +48,25 @@ def of(name): return pytest.mark.xdist_group(name) # beside the tests of the pap
 def ran(runs): return real('mars_po', runs, **test_mars_po.SMALL, checkpoint_every=2)
 
 
-@pytest.fixture(scope='module', params=[pytest.param((name, small), id=name, marks=of(name)) for name, small in (('multiagent_ft', test_multiagent_ft.SMALL), ('malt', test_malt.SMALL))])
+@pytest.fixture(scope='module', params=[pytest.param((name, small), id=name, marks=of(name)) for name,
+                                        small in (('multiagent_ft', test_multiagent_ft.SMALL),
+                                                  ('malt', test_malt.SMALL))])
 def talked(request, runs): return real(request.param[0], runs, **request.param[1])
 
 
-def artifacts(run, kind): return [p for p in sorted({run.artifacts/f"{s['stage']}-{s['key'][:16]}" for s in run.stages}) if p.name.startswith(kind)]
+def artifacts(run, kind):
+    return [p for p in sorted({run.artifacts/f"{s['stage']}-{s['key'][:16]}" for s in run.stages})
+            if p.name.startswith(kind)]
 
 
 @pytest.mark.slow
 @of('mars_po')
 def test_stages_are_those_of_a_run(ran):
     run, plan = ran
-    assert Counter(s['stage'] for s in run.stages) == sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
-    assert Counter(p.name.rsplit('-', 1)[0] for p in artifacts(run, '')) == Counter(p.stage for p in plan.planned.values())
+    assert Counter(s['stage'] for s in run.stages) == sum((Counter({p.stage: plan.asked[p.key]})
+                                                           for p in plan.planned.values()), Counter())
+    assert Counter(p.name.rsplit('-', 1)[0]
+                   for p in artifacts(run, '')) == Counter(p.stage for p in plan.planned.values())
 
 
 @pytest.mark.parametrize('name', PAPERS)
@@ -74,7 +82,8 @@ def test_stages_are_those_of_the_experiment(name, monkeypatch):
 @pytest.mark.slow
 def test_conversations_are_those_of_a_run(talked):
     run, plan = talked
-    made, planned = Counter(s['stage'] for s in run.stages), sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
+    made, planned = Counter(s['stage'] for s in run.stages), sum((Counter({p.stage: plan.asked[p.key]})
+                                                                  for p in plan.planned.values()), Counter())
     assert {k: n for k, n in made.items() if k != 'train'} == {k: n for k, n in planned.items() if k != 'train'}
     table = plan.table.query("kind == 'sample'")
     for stage in ('sample_alone', 'debate', 'sample_tree'):
@@ -108,7 +117,8 @@ def test_answers_are_those_of_a_run(ran):
     found = turns.groupby(['purpose', 'iteration']).size()
     planned = sampling_table(plan)
     assert found.to_dict() == planned.set_index(['purpose', 'iteration']).answers.to_dict()
-    assert planned.requests.sum() == turns.groupby(['purpose', 'iteration', 'context_id', 'model_key', 'agent', 'split']).ngroups
+    assert planned.requests.sum() == turns.groupby(['purpose', 'iteration', 'context_id', 'model_key', 'agent',
+                                                    'split']).ngroups
     assert turns.completion_tokens.sum() <= planned.tokens.sum()
     assert turns.prompt_tokens.max() <= plan.prompt_tokens
     scores = [pd.read_parquet(p/'table.parquet') for p in artifacts(run, 'reward-')]
@@ -122,7 +132,9 @@ def test_trainings_are_those_of_a_run(ran):
     kind = lambda p: json.loads((p/'manifest.json').read_text())['spec']['inputs']['objective']['type']
     logs = [json.loads((p/'log.json').read_text()) | dict(stage=f'train {kind(p)}') for p in artifacts(run, 'train-')]
     planned = plan.table[plan.table.stage.str.startswith('train')]
-    assert planned.groupby('stage').updates.sum().to_dict() == {name: sum(l['updates'] for l in logs if l['stage'] == name) for name in {l['stage'] for l in logs}}
+    assert planned.groupby('stage').updates.sum().to_dict() == {name: sum(l['updates'] for l in logs
+                                                                          if l['stage'] == name)
+                                                                for name in {l['stage'] for l in logs}}
     assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
     stored = sum((p/'model'/'model.safetensors').stat().st_size for p in artifacts(run, 'train-'))
     assert planned.disk.sum() <= stored < 1.02*planned.disk.sum() # headers, and the head of a reward model
@@ -141,15 +153,19 @@ def test_parameters_are_those_that_transformers_makes(path):
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     reward, kind = 'architectures' in CONFIGS[path], CONFIGS[path]['model_type']
-    config = AutoConfig.for_model(kind, **{k: v for k, v in CONFIGS[path].items() if k not in ('model_type', 'architectures')})
+    config = AutoConfig.for_model(kind, **{k: v for k, v in CONFIGS[path].items() if k not in ('model_type',
+                                                                                               'architectures')})
     with torch.device('meta'):
         net = (AutoModel if reward else AutoModelForCausalLM).from_config(config)
         head = [torch.nn.Linear(8192, 8192), torch.nn.Linear(8192, 1)] if reward else []
     assert sum(p.numel() for part in (net, *head) for p in part.parameters()) == count_parameters(CONFIGS[path])
 
 
-@pytest.mark.parametrize('path, billions', [('microsoft/Phi-3-mini-128k-instruct', 3.82), ('mistralai/Mistral-7B-Instruct-v0.2', 7.24), ('meta-llama/Meta-Llama-3-8B', 8.03),
-                                            ('Qwen/Qwen2.5-1.5B', 1.54), ('Qwen/Qwen2.5-0.5B-Instruct', .49), ('deepseek-ai/deepseek-math-7b-rl', 6.91)])
+@pytest.mark.parametrize('path, billions',
+                         [('microsoft/Phi-3-mini-128k-instruct', 3.82), ('mistralai/Mistral-7B-Instruct-v0.2', 7.24),
+                          ('meta-llama/Meta-Llama-3-8B', 8.03),
+                                            ('Qwen/Qwen2.5-1.5B', 1.54), ('Qwen/Qwen2.5-0.5B-Instruct', .49),
+                          ('deepseek-ai/deepseek-math-7b-rl', 6.91)])
 def test_parameters_are_those_that_are_published(path, billions):
     assert round(count_parameters(CONFIGS[path])/1e9, 2) == billions
 
@@ -158,7 +174,8 @@ def test_adapter_parameters_are_those_that_peft_makes():
     from mapo.engines import load_model
     from peft import LoraConfig, get_peft_model
     model = Model('products', 'tiny:products')
-    net = get_peft_model(load_model(model, 'cpu')[0], LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM'))
+    net = get_peft_model(load_model(model, 'cpu')[0],
+                         LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM'))
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == lora_parameters(sizes(model), 4)
 
 
@@ -170,8 +187,10 @@ def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
     from trl.trainer.utils import add_fused_lm_head
 
     def kept(layers, tokens):
-        net, found = LlamaForCausalLM(LlamaConfig(hidden_size=64*heads, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-                                                  num_key_value_heads=kv_heads, vocab_size=99, attn_implementation='sdpa')), {}
+        net, found = LlamaForCausalLM(LlamaConfig(hidden_size=64*heads, intermediate_size=intermediate,
+                                                  num_hidden_layers=layers, num_attention_heads=heads,
+                                                  num_key_value_heads=kv_heads, vocab_size=99,
+                                                  attn_implementation='sdpa')), {}
         add_fused_lm_head(net)
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
         def keep(t):
@@ -184,7 +203,8 @@ def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
         return sum(n for n, _ in found.values())
 
     measured = (kept(6, 128) - kept(2, 128) - kept(6, 64) + kept(2, 64))/4/64
-    one = Sizes(parameters=0, layers=1, hidden=64*heads, intermediate=intermediate, heads=heads, kv_heads=kv_heads, head_dim=64, vocabulary=99, window=0)
+    one = Sizes(parameters=0, layers=1, hidden=64*heads, intermediate=intermediate, heads=heads, kv_heads=kv_heads,
+                head_dim=64, vocabulary=99, window=0)
     assert measured == pytest.approx(training_memory(one, 'bfloat16', 1)[1], rel=.01)
 
 
@@ -194,18 +214,23 @@ def test_limits_are_those_of_engines_and_training():
     from mapo.training import Training
     assert Training().max_length == MAX_LENGTH
     assert re.search(rf'else {BUDGET}\b', (REPO/'mapo'/'engines.py').read_text())
-    assert [inspect.signature(fn).parameters['token_budget'].default for fn in (nll_among, kl_between)] == [NLL_BUDGET, KL_BUDGET]
+    assert [inspect.signature(fn).parameters['token_budget'].default
+            for fn in (nll_among, kl_between)] == [NLL_BUDGET, KL_BUDGET]
 
 
 def test_settings_that_a_machine_may_be_told_are_those_of_training():
     from mapo.training import Training
     known = {f.name for f in fields(Training)}
-    for name in ('batch_size', 'micro_batch_size', 'updates', 'lora_rank', *{'quantized', 'gradient_checkpointing'} & known): assert name in {f.name for f in fields(Learning)}
+    for name in ('batch_size', 'micro_batch_size', 'updates', 'lora_rank',
+                 *{'quantized', 'gradient_checkpointing'} & known):
+        assert name in {f.name for f in fields(Learning)}
 
 
 def test_the_presets_models_and_licences_are_known():
     used = {m for s in MARS_PO.presets.values() for m in (*s.agents, *s.same_agents, s.reward_model, s.reward_init)}
-    used |= {s.model for s in MULTIAGENT_FT.presets.values()} | {m for s in MALT.presets.values() for m in (s.generator, s.verifier, s.refiner)}
+    used |= {s.model for s in MULTIAGENT_FT.presets.values()} | {m for s in MALT.presets.values() for m in (s.generator,
+                                                                                                            s.verifier,
+                                                                                                            s.refiner)}
     used = {m for m in used if m and not m.startswith('tiny:')}
     assert used <= CONFIGS.keys() and used <= LICENCES.keys()
     assert set(LICENCES.values()) <= CONDITIONS.keys()
@@ -214,7 +239,8 @@ def test_the_presets_models_and_licences_are_known():
 def test_who_learns_from_whom():
     paper = plan_paper('mars_po', 'paper', 'mars_po')
     known = teachers(paper)
-    assert known['texts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct', 'deepseek-math-7b-rl']
+    assert known['texts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct',
+                                                                            'deepseek-math-7b-rl']
     assert len(known['scores', 'Qwen licence', 'Qwen2.5-Math-RM-72B']) == 3
     assert 'Texts of Llama-3.1-8B-Instruct train Qwen2.5-Math-7B-Instruct, deepseek-math-7b-rl: Llama 3.1 licence.' in licence_lines(paper)
     alone = teachers(plan_paper('mars_po', 'paper', 'dpo_nll', reward_model='', order='drawn'))
@@ -267,9 +293,11 @@ assert not heavy, f'a plan imports {heavy}'
 def test_nothing_is_started(name, tmp_path):
     places = {place: str(tmp_path/place.lower()) for place in ('MAPO_RUNS', 'MAPO_CACHE', 'HOME', 'HF_HOME')}
     (tmp_path/'cwd').mkdir()
-    code, output = command(sys.executable, '-B', '-c', STARTS_NOTHING, name, *PRESETS[name], cwd=tmp_path/'cwd', PYTHONPATH=str(REPO), MPLCONFIGDIR=str(tmp_path/'mpl'), HF_HUB_OFFLINE='0', **places)
+    code, output = command(sys.executable, '-B', '-c', STARTS_NOTHING, name, *PRESETS[name], cwd=tmp_path/'cwd',
+                           PYTHONPATH=str(REPO), MPLCONFIGDIR=str(tmp_path/'mpl'), HF_HUB_OFFLINE='0', **places)
     assert code == 0, output
-    assert all(f'{name}, preset {preset}, arms all, seeds 0, 1, test split: a plan; nothing was started.' in output for preset in PRESETS[name])
+    assert all(f'{name}, preset {preset}, arms all, seeds 0, 1, test split: a plan; nothing was started.' in output
+               for preset in PRESETS[name])
     assert output.count('Sums on 8xH100-80') == sum(not preset.startswith('paper') for preset in PRESETS[name])
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and 'mpl' not in p.parts[len(tmp_path.parts)]]
     assert not any((tmp_path/place.lower()).exists() for place in places)
@@ -288,9 +316,11 @@ def test_nothing_is_started(name, tmp_path):
     (['mars_po', '-p', 'agents=["./nowhere"]'], "there is no file or folder './nowhere'"),
     (['mars_po', '-p', 'dtype=int3'], "dtype 'int3' cannot be planned"),
     (['mars_po', '--preset', 'paper', '-p', 'n_train=99999'], 'but gsm8k+math has 14973: ask for fewer'),
-    (['multiagent_ft', '--preset', 'paper', '-p', 'n_train=4000'], '4200 train problems were asked for, but math:1-3 has 3504'),
+    (['multiagent_ft', '--preset', 'paper', '-p', 'n_train=4000'],
+     '4200 train problems were asked for, but math:1-3 has 3504'),
     (['multiagent_ft', '--preset', 'paper', '-p', 'source=math:6'], "no problem source 'math:6'"),
-    (['mars_po', '-p', 'max_tokens=1000'], "model 'tiny:products' has a window of 1024 tokens: max_tokens=1000 leaves no room for a prompt of 32"),
+    (['mars_po', '-p', 'max_tokens=1000'],
+     "model 'tiny:products' has a window of 1024 tokens: max_tokens=1000 leaves no room for a prompt of 32"),
     (['malt', '-p', 'max_tokens=1000'], "model 'tiny:base' has a window of 1024 tokens"),
     (['mars_po', '-p', 'source=sums'], "there is no problem source 'sums'"),
     (['mars_po', '--machine', '0xH100-80'], "a machine has at least 1 GPU, not '0', as '0xH100-80' says"),
@@ -299,9 +329,12 @@ def test_nothing_is_started(name, tmp_path):
     (['mars_po', '--machine', '8.5xA100-80'], "a machine has at least 1 GPU, not '8.5'"),
     (['mars_po', '--machine', '٣xA100-80'], 'a machine has at least 1 GPU'),
     (['mars_po', '--machine', 'x'], "there is no machine 'x'"),
-    (['mars_po', '--machine', '8xH100-80', '--machine', 'L40S-48'], '--machine names one machine, not 8xH100-80 and L40S-48'),
+    (['mars_po', '--machine', '8xH100-80', '--machine', 'L40S-48'],
+     '--machine names one machine, not 8xH100-80 and L40S-48'),
     (['mars_po', '--answer-tokens', '-1'], 'answer_tokens is a number of tokens, not -1'),
-    (['malt', '--preset', 'paper', '-p', 'lora_rank=0', '--machine', 'A100-80'], 'malt, preset paper, arms core, seeds 0, dev split does not fit on A100-80. train SFT with Llama-3.1-8B-Instruct: '),
+    (['malt', '--preset', 'paper', '-p', 'lora_rank=0', '--machine', 'A100-80'],
+     'malt, preset paper, arms core, seeds 0, dev split does not fit on A100-80. train SFT with '
+     'Llama-3.1-8B-Instruct: '),
 ], ids=lambda w: ' '.join(w) if isinstance(w, list) else '')
 def test_a_mistake_is_one_sentence(words, said, capsys):
     from mapo.cli import main
@@ -314,7 +347,8 @@ def test_a_machine_given_as_nothing_is_told_apart_from_none(capsys):
     from mapo.cli import main
     main(['plan', 'mars_po', '--preset', 'smoke'])
     assert 'Sums on' not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="there is no machine ''"): main(['plan', 'mars_po', '--preset', 'smoke', '--machine', ''])
+    with pytest.raises(SystemExit, match="there is no machine ''"):
+        main(['plan', 'mars_po', '--preset', 'smoke', '--machine', ''])
 
 
 LLAMA = sizes(Model('llama', 'meta-llama/Llama-3.1-8B-Instruct'))
@@ -332,7 +366,8 @@ def test_many_texts_written_together_are_as_fast_as_they_are_computed():
     work = Answering(LLAMA, 'bfloat16', requests=1, answers=1000, prompt=1, answer=100, width=101, chunk=1000)
     on = replace(ONE, bandwidth=1e15) # memory that is never waited for
     assert work.rows(on) == 1000
-    assert work.seconds(on) - work.opening(on) == pytest.approx(100*(1000*(2*8_030_261_248 + 4*32*4096*51)/.5e15 + .003), rel=1e-3)
+    assert work.seconds(on) - work.opening(on) == pytest.approx(100*(1000*(2*8_030_261_248 + 4*32*4096*51)/.5e15
+                                                                     + .003), rel=1e-3)
 
 
 def test_copies_and_shares_divide_the_time():
@@ -346,15 +381,20 @@ def test_copies_and_shares_divide_the_time():
 
 
 def test_an_engine_of_transformers_has_one_batch_of_its_budget():
-    work = Answering(LLAMA, 'bfloat16', engine='transformers', requests=100, answers=1000, prompt=256, answer=256, most=256, width=512, token_budget=8192)
+    work = Answering(LLAMA, 'bfloat16', engine='transformers', requests=100, answers=1000, prompt=256, answer=256,
+                     most=256, width=512, token_budget=8192)
     assert work.rows(ONE) == 16
     held = work.memory(ONE)
     assert (held.weights, held.cache, held.activations) == (16_060_522_496, 16*512*131072, 2*16*256*(3*14336 + 5*4096)) # reading prompts takes more than drawing tokens
     assert work.wrong(ONE) == '' and 'needs the engine vllm' in replace(work, tensor_parallel=2).wrong(replace(ONE, gpus=2))
 
 
-@pytest.mark.parametrize('path, able', [('Qwen/Qwen2.5-Math-7B-Instruct', {1, 2, 4}), ('deepseek-ai/deepseek-math-7b-rl', {1, 2, 4, 8}), ('meta-llama/Llama-3.1-8B-Instruct', {1, 2, 4, 8}),
-                                        ('Qwen/Qwen2.5-Math-RM-72B', {1, 2, 4, 8}), ('HuggingFaceTB/SmolLM2-135M-Instruct', {1, 3}), ('Qwen/Qwen2.5-1.5B', {1, 2, 4, 6})])
+@pytest.mark.parametrize('path, able', [('Qwen/Qwen2.5-Math-7B-Instruct', {1, 2, 4}),
+                                        ('deepseek-ai/deepseek-math-7b-rl', {1, 2, 4, 8}),
+                                        ('meta-llama/Llama-3.1-8B-Instruct', {1, 2, 4, 8}),
+                                        ('Qwen/Qwen2.5-Math-RM-72B', {1, 2, 4, 8}),
+                                        ('HuggingFaceTB/SmolLM2-135M-Instruct', {1, 3}),
+                                        ('Qwen/Qwen2.5-1.5B', {1, 2, 4, 6})])
 def test_heads_are_shared_out_evenly(path, able):
     size = sizes(Model('', path))
     assert {t for t in range(1, 9) if not Answering(size, tensor_parallel=t).wrong(machine('8xH100-80'))} == able
@@ -386,9 +426,11 @@ def test_what_is_refused_names_the_shortage_and_what_would_help():
     found = {s.stage: s for s in shortages(plan, machine('8xH100-80'))}
     assert found['reward'].change == dict(tensor_parallel=4) and found['reward'].model == 'Qwen2.5-Math-RM-72B'
     assert found['train DPO'].change == dict(launch='fsdp', processes=2) and found['train DPO'].others == 2
-    need, over = map(float, re.search(r'([\d.]+) GB a GPU, ([\d.]+) GB more than the 72.0 GB', found['train DPO'].text).groups())
+    need, over = map(float, re.search(r'([\d.]+) GB a GPU, ([\d.]+) GB more than the 72.0 GB',
+                                      found['train DPO'].text).groups())
     assert need - over == pytest.approx(72, abs=1) # three digits each
-    with pytest.raises(ValueError, match='Everything fits with -p tensor_parallel=4 -p launch=fsdp -p processes=2$'): check_fit(plan, machine('8xH100-80'))
+    with pytest.raises(ValueError, match='Everything fits with -p tensor_parallel=4 -p launch=fsdp -p processes=2$'):
+        check_fit(plan, machine('8xH100-80'))
     with pytest.raises(ValueError, match='Together these do not fit every stage'): check_fit(plan, machine('8xA100-40')) # 28 heads, 8 GPUs
 
 
@@ -404,19 +446,25 @@ def test_what_would_help_does():
                 if short.change:
                     assert fits(replace(worst, **short.change), on)
                     for number in ('processes', 'tensor_parallel'):
-                        if short.change.get(number, 2) > 2: assert not fits(replace(worst, **short.change | {number: short.change[number]//2}), on)
-                elif 'larger GPU' in short.text: assert fits(worst, replace(on, memory=GPUS[short.text.split(': ')[-1]][0]))
+                        if short.change.get(number, 2) > 2:
+                            assert not fits(replace(worst, **short.change | {number: short.change[number]//2}), on)
+                elif 'larger GPU' in short.text:
+                    assert fits(worst, replace(on, memory=GPUS[short.text.split(': ')[-1]][0]))
 
 
 def test_a_reward_model_is_given_no_adapter():
     work = Learning(LLAMA, 'float32', 10, 16, 1, 2, 100, 1000, adaptable=False)
     assert not [c for c in work.changes(machine('H100-80')) if 'lora_rank' in c or 'quantized' in c]
     assert {'launch': 'fsdp', 'processes': 8} in work.changes(machine('8xH100-80'))
-    assert 'launch=ddp' in Learning(LLAMA, lora_rank=8, quantized=True, launch='fsdp', processes=2, batch_size=2).wrong(machine('8xH100-80'))
+    assert 'launch=ddp' in Learning(LLAMA, lora_rank=8, quantized=True, launch='fsdp', processes=2,
+                                    batch_size=2).wrong(machine('8xH100-80'))
 
 
-@pytest.mark.parametrize('wrong, said', [(dict(launch='fsdp', processes=16), 'it asks for 16 GPUs (launch=fsdp, processes=16), and the machine has 8'),
-                                         (dict(launch='ddp', processes=8, micro_batch_size=4), 'its 16 rows per update cannot be shared by processes=8 that compute 4 at once')])
+@pytest.mark.parametrize('wrong, said', [(dict(launch='fsdp', processes=16),
+                                          'it asks for 16 GPUs (launch=fsdp, processes=16), and the machine has 8'),
+                                         (dict(launch='ddp', processes=8, micro_batch_size=4),
+                                          'its 16 rows per update cannot be shared by processes=8 that compute 4 at '
+                                          'once')])
 def test_a_launch_that_cannot_be_is_refused(wrong, said):
     assert Learning(LLAMA, batch_size=16, **wrong).wrong(machine('8xH100-80')) == said
 
@@ -438,7 +486,8 @@ def test_this_machine_is_measured():
     plan = plan_paper('mars_po', 'smoke', on='here')
     assert 'Measured here' in repr(plan) and 'GPU-hours' not in repr(plan)
     work = Learning(LLAMA, 'float32', 1, 1, 1, 1, 100, 100) # what was measured is reached
-    assert work.seconds(found) == pytest.approx(.1 + 4*8_030_261_248/2e9 + 3*100*(2*8_030_261_248 + 4*32*4096*50)/found.flops)
+    assert work.seconds(found) == pytest.approx(.1 + 4*8_030_261_248/2e9
+                                                + 3*100*(2*8_030_261_248 + 4*32*4096*50)/found.flops)
 
 
 def test_a_reader_of_long_conversations_is_given_room():
@@ -500,7 +549,8 @@ def test_a_gguf_file_is_measured_by_its_header(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     size = sizes(Model('small', str(path)))
-    assert (size.parameters, size.layers, size.kv_heads, size.head_dim, size.vocabulary, size.window) == (288, 2, 3, 32, 3, 512)
+    assert (size.parameters, size.layers, size.kv_heads, size.head_dim, size.vocabulary, size.window) == (288, 2, 3, 32,
+                                                                                                          3, 512)
 
 
 def test_names_that_others_chose_are_escaped(local):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mapo.problems import (COLUMNS, arithmetic, check_leaks, commonsense_qa, drop_leaks, find_leaks, gsm8k, last_boxed, math_500,
+from mapo.problems import (COLUMNS, arithmetic, check_leaks, commonsense_qa, drop_leaks, find_leaks, gsm8k, last_boxed,
+                           math_500,
                            math_problems, mmlu, read_jsonl, split_problems)
 
 DATA = Path(os.environ.get('MAPO_SHARED_DATA', Path(__file__).resolve().parent.parent/'../shared/data'))
@@ -14,15 +15,18 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='the folder of public 
 
 def test_import_loads_no_heavy_library():
     code = "import sys, mapo.problems, mapo.answers; print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'sympy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
 
 
 @needs_data
 def test_real_files_load_in_the_common_columns():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        tables = [gsm8k('train', DATA/'gsm8k/train.jsonl'), gsm8k('test', DATA/'gsm8k/test.jsonl'), math_500(DATA/'math500/test.jsonl'),
-                  math_problems('train', DATA/'math/train_levels_3_5.jsonl'), commonsense_qa('dev', DATA/'csqa/dev_first_100.jsonl')]
+        tables = [gsm8k('train', DATA/'gsm8k/train.jsonl'), gsm8k('test', DATA/'gsm8k/test.jsonl'),
+                  math_500(DATA/'math500/test.jsonl'),
+                  math_problems('train', DATA/'math/train_levels_3_5.jsonl'),
+                  commonsense_qa('dev', DATA/'csqa/dev_first_100.jsonl')]
     assert [len(t) for t in tables] == [7473, 1319, 500, 5585, 100]
     assert len(caught) == 1 and '2 problems of train_levels_3_5.jsonl' in str(caught[0].message)
     for t in tables:
@@ -31,11 +35,14 @@ def test_real_files_load_in_the_common_columns():
 
 @needs_data
 def test_leaks_of_gsm8k_are_found_in_seconds():
-    problems = pd.concat([gsm8k('train', DATA/'gsm8k/train.jsonl'), gsm8k('test', DATA/'gsm8k/test.jsonl')], ignore_index=True)
+    problems = pd.concat([gsm8k('train', DATA/'gsm8k/train.jsonl'), gsm8k('test', DATA/'gsm8k/test.jsonl')],
+                         ignore_index=True)
     start = time.process_time()
     leaks = find_leaks(problems)
     assert time.process_time() - start < 10
-    assert set(zip(leaks.earlier_id, leaks.later_id)) == {('gsm8k/train/1314', 'gsm8k/test/602'), ('gsm8k/train/5162', 'gsm8k/test/602'), ('gsm8k/train/20', 'gsm8k/test/632')}
+    assert set(zip(leaks.earlier_id, leaks.later_id)) == {('gsm8k/train/1314', 'gsm8k/test/602'),
+                                                          ('gsm8k/train/5162', 'gsm8k/test/602'),
+                                                          ('gsm8k/train/20', 'gsm8k/test/632')}
     assert len(check_leaks(drop_leaks(problems))) == len(problems) - 3
 
 
@@ -43,7 +50,8 @@ def test_leaks_of_gsm8k_are_found_in_seconds():
 def test_a_copied_test_row_is_named():
     test = gsm8k('test', DATA/'gsm8k/test.jsonl')
     copied = test[7:8].assign(split='train', problem_id='copy', question=test.question[7].upper() + '  ')
-    with pytest.raises(ValueError, match=r'copy \(train\) and gsm8k/test/7 \(test\), overlap 1.00'): check_leaks(pd.concat([copied, test]))
+    with pytest.raises(ValueError, match=r'copy \(train\) and gsm8k/test/7 \(test\), overlap 1.00'):
+        check_leaks(pd.concat([copied, test]))
 
 
 def test_generated_splits_never_meet_under_any_seed():
@@ -59,7 +67,8 @@ def test_commuted_expressions_share_a_split():
     home = dict(zip(problems.problem_id.str.removeprefix('arithmetic/'), problems.split))
     for text, split in home.items():
         (a, b), (c, d) = (t.split('*') for t in text.split('+'))
-        for other in (f'{b}*{a}+{c}*{d}', f'{c}*{d}+{a}*{b}', f'{d}*{c}+{b}*{a}'): assert home.get(other, split) == split
+        for other in (f'{b}*{a}+{c}*{d}', f'{c}*{d}+{a}*{b}', f'{d}*{c}+{b}*{a}'):
+            assert home.get(other, split) == split
 
 
 def test_generated_answers_and_negative_operands():
@@ -111,18 +120,22 @@ def test_absent_file_and_byte_order_mark(tmp_path):
 
 
 def test_every_line_end_and_golds_that_are_numbers(tmp_path):
-    rows = [b'{"question": "q\\r", "answer": 5}', b'{"question": "r", "answer": 27.0}', b'{"question": "s", "answer": "so #### 1,000"}']
+    rows = [b'{"question": "q\\r", "answer": 5}', b'{"question": "r", "answer": 27.0}',
+            b'{"question": "s", "answer": "so #### 1,000"}']
     for end in (b'\n', b'\r\n', b'\r'):
         (tmp_path/'rows.jsonl').write_bytes(end.join(rows))
-        assert gsm8k('test', tmp_path/'rows.jsonl')[['answer', 'solution']].values.tolist() == [['5', ''], ['27.0', ''], ['1000', 'so #### 1,000']]
+        assert gsm8k('test', tmp_path/'rows.jsonl')[['answer', 'solution']].values.tolist() == [['5', ''], ['27.0', ''],
+                                                                                                ['1000', 'so #### 1,000']]
     (tmp_path/'math.jsonl').write_text('{"problem": "p", "answer": -2}\n{"problem": "q", "answer": ""}\n')
     with pytest.warns(UserWarning, match='1 problems'): assert math_500(tmp_path/'math.jsonl').answer.tolist() == ['-2']
 
 
 HUB = {'openai/gsm8k': [dict(question='How many?', answer='so\n#### 1,000')],
-       'EleutherAI/hendrycks_math': [dict(problem='p', level='Level 1', type='Algebra', solution=r'It is $\boxed{\frac{1}{2}}$.')],
+       'EleutherAI/hendrycks_math': [dict(problem='p', level='Level 1', type='Algebra',
+                                          solution=r'It is $\boxed{\frac{1}{2}}$.')],
        'HuggingFaceH4/MATH-500': [dict(problem='p', solution='s', answer='2', unique_id='test/algebra/1.json')],
-       'tau/commonsense_qa': [dict(id='x', question='q', choices=dict(label=['A', 'B'], text=['a', 'b']), answerKey='B')],
+       'tau/commonsense_qa': [dict(id='x', question='q', choices=dict(label=['A', 'B'], text=['a', 'b']),
+                                   answerKey='B')],
        'cais/mmlu': [dict(question='q', subject='s', choices=['a', 'b', 'c', 'd'], answer=3)]}
 
 def test_hub_formats(monkeypatch):

@@ -18,7 +18,8 @@ from docs import readme
 
 NOTEBOOKS = sorted(p for p in tracked() if p.suffix == '.ipynb')
 PAPERS = [p for p in NOTEBOOKS if p.parent.name == 'papers']
-CHECKPOINT = ['config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']
+CHECKPOINT = ['config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',
+              'chat_template.jinja']
 TORCH = ['torch', 'transformers', 'trl', 'datasets']
 
 # what a committed output must not hold
@@ -26,7 +27,8 @@ TIMING = re.compile(r'\d\s?(it/s|s/it|tok(en)?s?/s)\b|\d+%\|.*\||Wall time|CPU t
 WARNING = re.compile(r'\b\w*Warning:|^WARNING', re.M)
 MACHINE = re.compile(r'''(?<![\w.~/-])/(home|root|tmp|work|opt|Users|mnt|private|var|media)/\w''')
 MACHINE_HERE = re.compile(r'''(?<![\w.~/:-])/(root|tmp|work|opt)/\w''')
-HOSTS = re.compile('|'.join(['py' + r'pi\.org', 'python' + r'hosted\.org', 'npm' + r'js\.(org|com)', 'debian' + r'\.org', 'unp' + 'kg', 'js' + 'delivr']))
+HOSTS = re.compile('|'.join(['py' + r'pi\.org', 'python' + r'hosted\.org', 'npm' + r'js\.(org|com)',
+                             'debian' + r'\.org', 'unp' + 'kg', 'js' + 'delivr']))
 OTHER_MAPO = re.compile('pip install ' + r'mapo(?![-\w])')
 
 
@@ -71,7 +73,8 @@ def test_paper_notebook_has_one_parameters_cell(path):
     notebook = read(path)
     tagged = [c for c in notebook.cells if 'parameters' in c.metadata.get('tags', [])]
     assert len(tagged) == 1 and tagged[0].cell_type == 'code'
-    assert re.search(r'^-? ?skip_exec: *true', notebook.cells[0].source, re.M), f'{path}: no skip_exec in the first cell'
+    assert re.search(r'^-? ?skip_exec: *true', notebook.cells[0].source,
+                     re.M), f'{path}: no skip_exec in the first cell'
 
 
 def test_paper_notebooks_ship_with_the_package():
@@ -145,18 +148,23 @@ def test_nothing_names_a_registry_or_this_machine():
 
 def requirements(extras):
     project = tomllib.loads((REPO/'pyproject.toml').read_text())['project']
-    return [Requirement(r) for r in project['dependencies'] + [r for name, asked in project['optional-dependencies'].items() if extras is None or name in extras for r in asked]]
+    return [Requirement(r) for r in project['dependencies']
+            + [r for name, asked in project['optional-dependencies'].items() if extras is None or name in extras
+               for r in asked]]
 
 
 def test_every_requirement_is_pinned_and_installed():
     "The extras of GPU servers are pinned, too; they are not installed here."
-    lines = [line.strip() for name in ('constraints.txt', 'constraints-gpu.txt') for line in (REPO/name).read_text().splitlines()]
-    pins = {Requirement(line).name.lower().replace('_', '-'): line.partition('==')[2] for line in lines if line and line[0] not in '#-'}
+    lines = [line.strip() for name in ('constraints.txt', 'constraints-gpu.txt')
+             for line in (REPO/name).read_text().splitlines()]
+    pins = {Requirement(line).name.lower().replace('_', '-'): line.partition('==')[2] for line in lines if line
+            and line[0] not in '#-'}
     here = {r.name for r in requirements(['dev'])}
     for requirement in requirements(None):
         pin = pins.get(requirement.name.lower().replace('_', '-'))
         assert pin and requirement.specifier.contains(pin), f'{requirement} has no pin that fits in constraints.txt'
-        if requirement.name in here: assert version(requirement.name).partition('+')[0] == pin, f'{requirement.name} {version(requirement.name)} is installed, {pin} is pinned'
+        if requirement.name in here:
+            assert version(requirement.name).partition('+')[0] == pin, f'{requirement.name} {version(requirement.name)} is installed, {pin} is pinned'
 
 
 def git(*arguments): return subprocess.run(['git', *arguments], cwd=REPO, capture_output=True, text=True)

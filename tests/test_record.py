@@ -32,8 +32,10 @@ def same_files(one, two):
 def test_redraw_gives_the_same_bytes_whatever_the_settings_and_process(record, drawn, tmp_path):
     odd = {'font.size': 20, 'axes.facecolor': 'red', 'svg.hashsalt': 'other', 'savefig.dpi': 30, 'lines.linewidth': 9}
     code = ('import sys, matplotlib; from mapo.record import redraw\n'
-            f'with matplotlib.rc_context({odd!r}): redraw({str(record)!r}, {str(tmp_path/"again")!r})\nassert "torch" not in sys.modules')
-    subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'PYTHONHASHSEED': '7', 'TZ': 'Asia/Tokyo'}, cwd=tmp_path)
+            f'with matplotlib.rc_context({odd!r}): redraw({str(record)!r}, {str(tmp_path/"again")!r})\nassert "torch" '
+            f'not in sys.modules')
+    subprocess.run([sys.executable, '-c', code], check=True,
+                   env={**os.environ, 'PYTHONHASHSEED': '7', 'TZ': 'Asia/Tokyo'}, cwd=tmp_path)
     same_files(drawn[0], tmp_path/'again')
 
 
@@ -75,9 +77,12 @@ def test_a_corrected_record_keeps_its_results_and_says_what_was_wrong(record, tm
 
 def test_a_record_of_everything_draws_every_figure(everything, tmp_path):
     comparisons = [['mars_po', 'dpo_nll'], ['mars_po_same', 'base_same']]
-    save_record(tmp_path/'record', everything['rows'], everything['costs'], manifest | dict(comparisons=comparisons, claims=[]) | figures(MARS_PO, everything['rows']), training=everything['training'], rates=everything['rates'], selection=everything['selection'])
+    save_record(tmp_path/'record', everything['rows'], everything['costs'],
+                manifest | dict(comparisons=comparisons, claims=[]) | figures(MARS_PO, everything['rows']),
+                training=everything['training'], rates=everything['rates'], selection=everything['selection'])
     names = {f.stem for f in redraw(tmp_path/'record', tmp_path/'one')}
-    assert names == {'accuracy', 'ablations', 'same', 'agents', 'training', 'cost', 'rates', 'grid', 'selection', 'results', 'failures', 'comparisons', 'checkpoints'}
+    assert names == {'accuracy', 'ablations', 'same', 'agents', 'training', 'cost', 'rates', 'grid', 'selection',
+                     'results', 'failures', 'comparisons', 'checkpoints'}
     assert 'A seed varies the draw.' in (tmp_path/'one/comparisons.md').read_text()
     table = (tmp_path/'one/results.md').read_text()
     assert 'same-0' in table and '| same-0' in table.replace('· ', '| ') and len(table.splitlines()) == 21
@@ -85,7 +90,8 @@ def test_a_record_of_everything_draws_every_figure(everything, tmp_path):
 
 def test_rows_that_repeat_never_become_a_record(rows, costs, tmp_path):
     twice = pd.concat([rows, rows[rows.seed == 1].assign(seed=0)])
-    with pytest.raises(ValueError, match="there twice .first: arm 'base', seed 0"): save_record(tmp_path, twice, costs, manifest)
+    with pytest.raises(ValueError, match="there twice .first: arm 'base', seed 0"):
+        save_record(tmp_path, twice, costs, manifest)
     save_record(tmp_path, rows, costs, manifest)
     twice.to_parquet(tmp_path/'results.parquet')
     with pytest.raises(ValueError, match='there twice'): redraw(tmp_path, tmp_path/'out')
@@ -93,10 +99,12 @@ def test_rows_that_repeat_never_become_a_record(rows, costs, tmp_path):
 
 
 def test_a_grid_of_rates_alone_is_a_record(tmp_path):
-    tried = pd.DataFrame([dict(arm=a, learning_rate=r, accuracy=.5 + r*1000, low=.4, high=.7, seeds=1, problems=50, run='grid-1') for a in ('dpo', 'mars_po') for r in (1e-5, 3e-5, 1e-4)])
+    tried = pd.DataFrame([dict(arm=a, learning_rate=r, accuracy=.5 + r*1000, low=.4, high=.7, seeds=1, problems=50,
+                               run='grid-1') for a in ('dpo', 'mars_po') for r in (1e-5, 3e-5, 1e-4)])
     tried.to_csv(tmp_path/'rates.csv', index=False)
     (tmp_path/'manifest.json').write_text('{"run": "grid-1"}')
-    assert {p.name for p in redraw(tmp_path, tmp_path/'drawn')} == {'rates.png', 'rates.svg', 'rates.csv', 'rates.md', 'grid.csv', 'grid.md'}
+    assert {p.name for p in redraw(tmp_path, tmp_path/'drawn')} == {'rates.png', 'rates.svg', 'rates.csv', 'rates.md',
+                                                                    'grid.csv', 'grid.md'}
     assert 'grid-1' in (tmp_path/'drawn'/'rates.md').read_text()
 
 
@@ -106,26 +114,36 @@ def test_a_team_has_no_figure_of_agents(debates, trees):
 
 def test_records_of_debates_and_trees_draw_what_they_hold(debates, trees, costs, tmp_path):
     own = {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')}
-    save_record(tmp_path/'debates', debates['rows'], costs[:0], own | dict(bases=dict(multiagent_ft='debate')) | figures(MULTIAGENT_FT, debates['rows']), diversity=debates['diversity'], readouts=debates['readouts'])
-    save_record(tmp_path/'trees', trees['rows'], costs[:0], own | figures(MALT, trees['rows']), readouts=trees['readouts'], flips=trees['flips'], sweep=trees['sweep'])
+    save_record(tmp_path/'debates', debates['rows'], costs[:0],
+                own | dict(bases=dict(multiagent_ft='debate')) | figures(MULTIAGENT_FT, debates['rows']),
+                diversity=debates['diversity'], readouts=debates['readouts'])
+    save_record(tmp_path/'trees', trees['rows'], costs[:0], own | figures(MALT, trees['rows']),
+                readouts=trees['readouts'], flips=trees['flips'], sweep=trees['sweep'])
     drawn = {}
     for name in ('debates', 'trees'):
         drawn[name] = {f.name for f in redraw(tmp_path/name, tmp_path/'one'/name) if f.suffix in ('.png', '.md')}
     tables = {'results.md', 'accuracy.md', 'failures.md'}
-    assert drawn['debates'] == tables | {f'{n}.png' for n in ('accuracy', 'ablations', 'seats', 'preferences', 'diversity', 'readouts')} | {'diversity.md', 'readouts.md'}
-    assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep') for e in ('png', 'md')} | {f'{n}.png' for n in ('accuracy', 'ablations', 'equal_calls', 'critiques')}
+    assert drawn['debates'] == tables | {f'{n}.png' for n in ('accuracy', 'ablations', 'seats', 'preferences',
+                                                              'diversity', 'readouts')} | {'diversity.md',
+                                                                                           'readouts.md'}
+    assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep')
+                                       for e in ('png', 'md')} | {f'{n}.png' for n in ('accuracy', 'ablations',
+                                                                                       'equal_calls', 'critiques')}
     for file in (tmp_path/'one').rglob('*'):
         if file.suffix in ('.md', '.svg', '.png'): assert b'0a1b2c3d' in file.read_bytes(), file.name
 
 
 def test_an_empty_table_of_a_record_is_passed_over(debates, costs, tmp_path):
-    save_record(tmp_path/'record', debates['rows'], costs[:0], {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')}, diversity=debates['diversity'][:0], readouts=debates['readouts'][:0])
+    save_record(tmp_path/'record', debates['rows'], costs[:0],
+                {k: v for k, v in manifest.items() if k not in ('claims', 'comparisons')},
+                diversity=debates['diversity'][:0], readouts=debates['readouts'][:0])
     assert not {f.stem for f in redraw(tmp_path/'record', tmp_path/'drawn')} & {'diversity', 'readouts'}
 
 
 def test_a_team_trained_once_has_rows_whatever_its_bases(trees, costs, tmp_path):
     "Lines from nowhere to iteration 1 would say nothing; an arm that is its own base is no other case."
-    about = manifest | dict(bases={a: a for a in ('sa', 'ma')} | dict(malt='ma_vote'), claims=[], comparisons=[]) | figures(MALT, trees['rows'])
+    about = manifest | dict(bases={a: a for a in ('sa', 'ma')} | dict(malt='ma_vote'), claims=[],
+                            comparisons=[]) | figures(MALT, trees['rows'])
     save_record(tmp_path, trees['rows'], costs[:0], about)
     drawn = next(figure for name, figure, *_ in _drawn(tmp_path) if name == 'accuracy')
     shown = trees['rows'][trees['rows'].arm.isin(figure_arms(trees['rows'], about)['accuracy'])]

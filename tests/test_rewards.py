@@ -6,14 +6,16 @@ import pytest
 from mapo import rewards
 from mapo.answers import Grader
 from mapo.engines import ScriptedScorer
-from mapo.rewards import (agrees, answering, canonical_answers, concordance, example_tree, example_turns, flip_labels, grade, order_among_right, propagate, read_answers, reward,
+from mapo.rewards import (agrees, answering, canonical_answers, concordance, example_tree, example_turns, flip_labels,
+                          grade, order_among_right, propagate, read_answers, reward,
                           reward_table, seeded_draw, show_tree, vote, with_scores)
 
 PROBLEMS = pd.DataFrame(dict(problem_id=['p1', 'p2'], question='?', answer=['42', '1'], kind='number'))
 
 
 def turns():
-    return example_turns({a: {'p1': ['The answer is 42.', 'The answer is 4.'], 'p2': ['The answer is 1.', '']} for a in ('ada', 'bob')})
+    return example_turns({a: {'p1': ['The answer is 42.', 'The answer is 4.'], 'p2': ['The answer is 1.', '']}
+                          for a in ('ada', 'bob')})
 
 
 def test_a_text_is_read_once_however_often_it_occurs(monkeypatch):
@@ -31,11 +33,13 @@ def test_a_running_grader_stays_open():
 
 def test_the_order_of_turns_changes_no_score():
     shuffled = turns().sample(frac=1, random_state=0)
-    one, other = (grade(t, PROBLEMS).sort_values(['turn_id', 'name']).reset_index(drop=True) for t in (turns(), shuffled))
+    one, other = (grade(t, PROBLEMS).sort_values(['turn_id', 'name']).reset_index(drop=True)
+                  for t in (turns(), shuffled))
     assert one.equals(other)
 
 
-@pytest.mark.parametrize('text', ['9**9**9', '('*10_000, '__import__("os").system("false")', '\x00\ud7ff\U0010ffff', '#### ' + '9'*100_000, None])
+@pytest.mark.parametrize('text', ['9**9**9', '('*10_000, '__import__("os").system("false")', '\x00\ud7ff\U0010ffff',
+                                  '#### ' + '9'*100_000, None])
 def test_hostile_and_missing_texts_are_wrong(text):
     scores = grade(turns().assign(text=text), PROBLEMS)
     assert (scores.value.dropna() == 0).all() and scores.value.notna().sum() == 8
@@ -88,7 +92,8 @@ def test_a_summarizer_does_not_vote():
 
 def test_agreement_is_with_the_last_round():
     said = turns().assign(answer='42')
-    votes = pd.DataFrame(dict(problem_id=['p1', 'p1', 'p2'], round=[1, 0, 0], answer=['42', '7', '7'], share=1., tie=False))
+    votes = pd.DataFrame(dict(problem_id=['p1', 'p1', 'p2'], round=[1, 0, 0], answer=['42', '7', '7'], share=1.,
+                              tie=False))
     assert agrees(said, votes, PROBLEMS).value.tolist() == [1, 1, 0, 0]*2
 
 
@@ -111,8 +116,10 @@ def test_canonical_answers_are_row_by_row():
     assert canonical_answers(said, PROBLEMS).fillna('none').tolist() == ['1', '1', 'none', '1000']*2
 
 
-STYLES = {'roots': (['2,3', '3,2', r'\{2,3\}', '5', '5'], '2,3'), 'half': ([r'\frac{\sqrt2}{2}', r'\dfrac{\sqrt{2}}{2}', r'\frac1{\sqrt2}', '3', '3'], r'\frac{1}{\sqrt{2}}'),
-          'five': (['x=5', '5 cm', '5', '6', '6'], '5'), 'square': (['(x+1)^2', 'x^2+2x+1', '1+2x+x^2', '0', '0'], '(x+1)^2')}
+STYLES = {'roots': (['2,3', '3,2', r'\{2,3\}', '5', '5'], '2,3'),
+          'half': ([r'\frac{\sqrt2}{2}', r'\dfrac{\sqrt{2}}{2}', r'\frac1{\sqrt2}', '3', '3'], r'\frac{1}{\sqrt{2}}'),
+          'five': (['x=5', '5 cm', '5', '6', '6'], '5'),
+          'square': (['(x+1)^2', 'x^2+2x+1', '1+2x+x^2', '0', '0'], '(x+1)^2')}
 
 def styled():
     said = example_turns({f'seat {i}': {p: [answers[i]] for p, (answers, _) in STYLES.items()} for i in range(5)})
@@ -134,13 +141,16 @@ def test_a_vote_calls_equal_what_grading_does_in_any_order(order):
 
 def test_agreement_with_a_vote_that_is_written_otherwise():
     said, problems = styled()
-    votes = pd.DataFrame(dict(problem_id=[*STYLES], round=0, answer=['3, 2', r'0.7071067812', 'y=5', None], share=1., tie=False))
-    assert agrees(said, votes, problems).groupby(said.problem_id).value.sum().to_dict() == dict(roots=3, half=3, five=3, square=0) # y=5 is 5, and 5 is x=5
+    votes = pd.DataFrame(dict(problem_id=[*STYLES], round=0, answer=['3, 2', r'0.7071067812', 'y=5', None], share=1.,
+                              tie=False))
+    assert agrees(said, votes, problems).groupby(said.problem_id).value.sum().to_dict() == dict(roots=3, half=3, five=3,
+                                                                                                square=0) # y=5 is 5, and 5 is x=5
 
 
 def test_numbers_are_compared_without_math_verify(monkeypatch):
     monkeypatch.setattr('mapo.answers._Worker.ask', lambda *_: 1/0)
-    said = example_turns({a: {'p1': [t], 'p2': ['7']} for a, t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
+    said = example_turns({a: {'p1': [t], 'p2': ['7']} for a,
+                          t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
     votes = vote(said.assign(answer=said.text), PROBLEMS)
     assert votes.answer.tolist() == ['1/3', '7'] and votes.share.tolist() == [.5, 1]
 
@@ -158,21 +168,26 @@ class Spy:
 
 def test_a_reward_model_is_shown_the_bare_question_and_one_answer_once():
     said, spy = turns(), Spy()
-    rewards = reward(pd.concat([said, said.assign(turn_id=lambda t: t.turn_id + '-again')]), PROBLEMS.assign(question=['6*7', '5-4']), spy)
+    rewards = reward(pd.concat([said, said.assign(turn_id=lambda t: t.turn_id + '-again')]),
+                     PROBLEMS.assign(question=['6*7', '5-4']), spy)
     assert spy.shown == [[dict(role='user', content=q), dict(role='assistant', content=a)] for q, a in
-                         [('6*7', 'The answer is 42.'), ('6*7', 'The answer is 4.'), ('5-4', 'The answer is 1.'), ('5-4', '')]]
+                         [('6*7', 'The answer is 42.'), ('6*7', 'The answer is 4.'), ('5-4', 'The answer is 1.'),
+                          ('5-4', '')]]
     assert rewards.value.tolist() == [0, 1, 2, 3]*4 and set(rewards.name) == {'reward'} and set(rewards.scorer_key) == {'spy-1'}
     assert 'ada' not in str(spy.shown) and 'bob' not in str(spy.shown)
 
 
 @pytest.mark.parametrize('numbers,match', [
-    (lambda n: np.full(n, np.nan), "gave nan to turn 'ada-p1-0', and no number to 4 of 4"), (lambda n: np.array([0, np.inf, 1, 2]), "gave inf to turn 'ada-p1-1'"),
-    (lambda n: np.zeros(n), 'the same number, 0, to all 4 answers: it cannot rank them'), (lambda n: np.zeros((n, 2)), 'shape \\(4, 2\\) for 4 answers'),
+    (lambda n: np.full(n, np.nan), "gave nan to turn 'ada-p1-0', and no number to 4 of 4"),
+                                           (lambda n: np.array([0, np.inf, 1, 2]), "gave inf to turn 'ada-p1-1'"),
+    (lambda n: np.zeros(n), 'the same number, 0, to all 4 answers: it cannot rank them'),
+                                           (lambda n: np.zeros((n, 2)), 'shape \\(4, 2\\) for 4 answers'),
     (lambda n: np.arange(n - 1), 'shape \\(3,\\) for 4 answers')])
 def test_a_reward_that_cannot_be_used_is_refused_by_name(numbers, match):
     scorer = Spy()
     scorer.score = lambda conversations: numbers(len(conversations))
-    with pytest.raises(ValueError, match=f"reward model 'spy-1' gave .*{match}|{match}"): reward(turns(), PROBLEMS, scorer)
+    with pytest.raises(ValueError, match=f"reward model 'spy-1' gave .*{match}|{match}"):
+        reward(turns(), PROBLEMS, scorer)
 
 
 def test_one_answer_may_have_any_reward_and_no_turns_none():
@@ -189,7 +204,8 @@ def test_concordance_is_the_share_of_pairs_by_the_letter():
     said = said.assign(good=rng.integers(0, 2, len(said)), reward=rng.integers(0, 3, len(said)).astype(float))
     each, pairs = [], 0
     for _, rows in said.groupby('problem_id'):
-        wins = [1. if a > b else .5 if a == b else 0. for a in rows.reward[rows.good == 1] for b in rows.reward[rows.good == 0]]
+        wins = [1. if a > b else .5 if a == b else 0. for a in rows.reward[rows.good == 1]
+                for b in rows.reward[rows.good == 0]]
         pairs += len(wins)
         if wins: each.append(np.mean(wins))
     found = concordance(said, 'good')
@@ -199,10 +215,14 @@ def test_concordance_is_the_share_of_pairs_by_the_letter():
 
 
 def test_only_right_answers_are_ordered():
-    said = example_turns({'ada': {'p1': list('abcd'), 'p2': list('abcd')}}).assign(correct=[1., 1., 0., 0.]*2, good=[1, 0, 0, 1]*2, reward=[2., 1., 3., 0.]*2)
+    said = example_turns({'ada': {'p1': list('abcd'), 'p2': list('abcd')}}).assign(correct=[1., 1., 0., 0.]*2,
+                                                                                   good=[1, 0, 0, 1]*2,
+                                                                                   reward=[2., 1., 3., 0.]*2)
     assert order_among_right(said, 'good')['share'] == 1 and concordance(said, 'good')['share'] == .25
-    table = reward_table(said.assign(other=-said.reward), 'good', 'reward', 'other').set_index(['reward', 'question']).share
-    assert table.to_dict() == {('reward', 'right over wrong'): .5, ('reward', 'good among right'): 1., ('other', 'right over wrong'): .5, ('other', 'good among right'): 0.}
+    table = reward_table(said.assign(other=-said.reward), 'good', 'reward',
+                         'other').set_index(['reward', 'question']).share
+    assert table.to_dict() == {('reward', 'right over wrong'): .5, ('reward', 'good among right'): 1.,
+                               ('other', 'right over wrong'): .5, ('other', 'good among right'): 0.}
 
 
 @pytest.mark.parametrize('strength', [0., 1.5])
@@ -232,11 +252,13 @@ def random_trees(seed, branching=(3, 3, 3), problems=12):
     "Trees with few distinct texts, from which a fifth of the branches are missing, in shuffled order with a broken index."
     rng, levels, above = np.random.default_rng(seed), [], [(f'p{i}', f'p{i}') for i in range(problems)]
     for level, n in enumerate(branching):
-        rows = [dict(turn_id=f'{parent}.{i}', problem_id=problem, parent_ids=[parent] if level else [], round=level, agent=f'level {level}', text=' '*rng.integers(2) + 'ABC'[rng.integers(3)])
+        rows = [dict(turn_id=f'{parent}.{i}', problem_id=problem, parent_ids=[parent] if level else [], round=level,
+                     agent=f'level {level}', text=' '*rng.integers(2) + 'ABC'[rng.integers(3)])
                 for problem, parent in above for i in range(n) if rng.random() < .8]
         levels, above = levels + rows, [(r['problem_id'], r['turn_id']) for r in rows]
     turns = pd.DataFrame(levels, index=np.zeros(len(levels), int)).sample(frac=1, random_state=seed)
-    return turns.assign(correct=np.where(turns['round'] == len(branching)-1, rng.integers(0, 2, len(turns)), np.nan), split='train', purpose='train', iteration=1)
+    return turns.assign(correct=np.where(turns['round'] == len(branching)-1, rng.integers(0, 2, len(turns)), np.nan),
+                        split='train', purpose='train', iteration=1)
 
 
 def slowly(turns):
@@ -281,7 +303,8 @@ def test_no_turns_have_no_values():
     assert len(propagate(random_trees(0)[:0])) == 0
 
 
-@pytest.mark.parametrize('text', [None, '', '<script>x</script>', '</details><b>', '$x$', 'a\x1b[2Jb', '\u202eabc', 'x'*10_000])
+@pytest.mark.parametrize('text', [None, '', '<script>x</script>', '</details><b>', '$x$', 'a\x1b[2Jb', '\u202eabc',
+                                  'x'*10_000])
 def test_a_tree_shows_any_text_and_runs_none(text):
     shown = show_tree(propagate(example_tree([[1, 0]])).assign(text=text, agent='<i>' + str(text)[:20]))
     html, plain = shown._repr_html_(), str(shown)

@@ -75,7 +75,8 @@ def test_two_processes_on_one_run_share_the_work(undisturbed, tmp_path):
     both = [Warm(EXPERIMENT, said=tmp_path/name, MAPO_RUNS=tmp_path) for name in ('one', 'other')]
     said = [finish(p) for p in both]
     assert contents(tmp_path) == undisturbed
-    assert sorted(name for text in said for name in made(text)) == sorted(undisturbed), 'each stage is made by exactly one of them'
+    assert sorted(name for text in said
+                  for name in made(text)) == sorted(undisturbed), 'each stage is made by exactly one of them'
     assert any('another process is making' in text for text in said)
 
 
@@ -96,8 +97,10 @@ def numbers(n):
 def test_a_full_disk_is_one_sentence_and_leaves_finished_work(tmp_path, monkeypatch, capsys):
     run = Run('full', {}, root=tmp_path)
     kept = run.stage(numbers, n=3)
-    monkeypatch.setattr('pyarrow.parquet.write_table', lambda table, path, **_: open('/dev/full', 'wb', buffering=0).write(b'x'))
-    with pytest.raises(OSError, match='the disk of .* is full: free some space and give the same command again'): run.stage(numbers, n=4)
+    monkeypatch.setattr('pyarrow.parquet.write_table', lambda table, path,
+                        **_: open('/dev/full', 'wb', buffering=0).write(b'x'))
+    with pytest.raises(OSError, match='the disk of .* is full: free some space and give the same command again'):
+        run.stage(numbers, n=4)
     monkeypatch.undo()
     assert run.stage(numbers, n=3) == kept
     assert len(run.stage(numbers, n=4).read()) == 4
@@ -164,4 +167,5 @@ def test_the_record_says_how_to_repeat_the_run(tmp_path, monkeypatch):
     run.record()
     text = (run.folder/'record.json').read_text()
     assert 'hf_x' not in text and str(Path.home()) not in text
-    assert runs(tmp_path).command.tolist() == ["mapo run said -p preset=tiny -p 'note=***'"] or '***' in runs(tmp_path).command[0]
+    assert runs(tmp_path).command.tolist() == ["mapo run said -p preset=tiny -p "
+                                               "'note=***'"] or '***' in runs(tmp_path).command[0]

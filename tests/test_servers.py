@@ -19,14 +19,18 @@ from nbclient import NotebookClient
 from conftest import REPO, command
 
 PAGE, SCRIPT = REPO/'nbs'/'servers'/'running.ipynb', REPO/'nbs'/'servers'/'array.sbatch'
-TINY = {'--preset paper': '--preset smoke --arms mars_po -p n_train=12 -p iterations=1 -p updates=2 -p reward_updates=2', 'engine=vllm': 'engine=transformers', 'tensor_parallel=4': 'tensor_parallel=1', 'data_parallel=2': 'data_parallel=1',
-        'launch=fsdp': 'launch=', 'processes=8': 'processes=1', '--array=0-4': '--array=0-1', "SEEDS='0 1 2 3 4'": "SEEDS='0 1'", 'sleep 5': 'sleep 2'}
+TINY = {'--preset paper': '--preset smoke --arms mars_po -p n_train=12 -p iterations=1 -p updates=2 -p '
+                          'reward_updates=2', 'engine=vllm': 'engine=transformers',
+        'tensor_parallel=4': 'tensor_parallel=1', 'data_parallel=2': 'data_parallel=1',
+        'launch=fsdp': 'launch=', 'processes=8': 'processes=1', '--array=0-4': '--array=0-1',
+        "SEEDS='0 1 2 3 4'": "SEEDS='0 1'", 'sleep 5': 'sleep 2'}
 
 RUN = f'#!{sys.executable}\nimport json, os, subprocess, sys\nargs = sys.argv[1:]\n'
 NOTE = RUN + "print(json.dumps([os.path.basename(sys.argv[0]), *args]), file=open(os.environ['ASKED'], 'a'))\n"
 STANDINS = {
     'pip': NOTE, 'hf': NOTE, 'scontrol': NOTE,
-    'srun': RUN + "while args[0].startswith('--'): args.pop(0)\nsys.exit(max(p.wait() for p in [subprocess.Popen(args) for _ in range(2)]))\n",
+    'srun': RUN + "while args[0].startswith('--'): args.pop(0)\nsys.exit(max(p.wait() for p in [subprocess.Popen(args) "
+                  "for _ in range(2)]))\n",
     'sbatch': NOTE + '''
 given = dict(a.removeprefix('--').partition('=')[::2] for a in args[:-1])
 first, last = given['array'].split('-') if 'array' in given else (0, 0)
@@ -49,7 +53,8 @@ def blocks():
 def tiny(text):
     for said, run in TINY.items(): text = text.replace(said, run)
     data = os.environ['MAPO_SHARED_DATA'] # in the place of a download; where it is not, nothing is loaded
-    return text.replace("benchmark('gsm8k+math', ''", f"benchmark('gsm8k', '{data}'") if os.path.isdir(f'{data}/gsm8k') else re.sub(r'^print\(benchmark.*\)"$', '"', text, flags=re.M)
+    return text.replace("benchmark('gsm8k+math', ''",
+                        f"benchmark('gsm8k', '{data}'") if os.path.isdir(f'{data}/gsm8k') else re.sub(r'^print\(benchmark.*\)"$', '"', text, flags=re.M)
 
 
 @pytest.fixture
@@ -60,7 +65,8 @@ def cluster(tmp_path, monkeypatch):
         (tmp_path/'bin'/name).write_text(code)
         (tmp_path/'bin'/name).chmod(0o755)
     for name in ('MAPO_RUNS', 'HF_HOME'): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('PATH', os.pathsep.join([str(tmp_path/'bin'), os.path.dirname(sys.executable), os.environ['PATH']]))
+    monkeypatch.setenv('PATH', os.pathsep.join([str(tmp_path/'bin'), os.path.dirname(sys.executable),
+                                                os.environ['PATH']]))
     monkeypatch.setenv('ASKED', str(tmp_path/'asked'))
     monkeypatch.setenv('SCRATCH', str(tmp_path/'scratch'))
     return tmp_path
@@ -68,7 +74,8 @@ def cluster(tmp_path, monkeypatch):
 
 def bash(text, cluster, timeout):
     (cluster/'commands.sh').write_text('set -euo pipefail\n' + text)
-    done = subprocess.run(['bash', cluster/'commands.sh'], cwd=REPO, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(['bash', cluster/'commands.sh'], cwd=REPO, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=timeout)
     assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}'
     return done.stdout, done.stderr
 
@@ -84,10 +91,12 @@ def test_the_page_from_top_to_bottom(cluster):
     "Install, download, plan, run, run again, results, the array and the job after it, locks."
     out, _ = bash('\n'.join(map(tiny, blocks())), cluster, 900)
     root = cluster/'scratch'/'mapo'
-    records = {tuple(r['parameters']['seeds']): r for r in (json.loads(p.read_text()) for p in root.glob('*/record.json'))}
+    records = {tuple(r['parameters']['seeds']): r
+               for r in (json.loads(p.read_text()) for p in root.glob('*/record.json'))}
     one,whole = records[0,],records[0, 1]
     assert all(s['reused'] for s in one['stages']), 'the same command, given again, did something twice'
-    assert whole['stages'] and all(s['reused'] for s in whole['stages']), 'the job after the array found a stage that nobody had made'
+    assert whole['stages'] and all(s['reused']
+                                   for s in whole['stages']), 'the job after the array found a stage that nobody had made'
     assert (root/whole['id']/'report.ipynb').exists() and (root/whole['id']/'record'/'results.parquet').exists()
     done = re.findall(r'(\S+) done in', ''.join(p.read_text() for p in root.glob('*/log.txt')))
     assert len(done) == len(set(done)) == len(list(root.glob('artifacts/*/manifest.json'))), 'a stage was made twice'
@@ -118,18 +127,22 @@ def test_every_command_of_mapo_is_one_that_there_is(cluster):
         names = [args.experiment] if isinstance(args.experiment, str) else args.experiment
         assert all(checked(name, _given(args))['preset'] == 'paper' for name in names)
     array = next(b for b in blocks() if 'SETTINGS=' in b)
-    assert re.search(r'SETTINGS="(.*)"', array)[1] in next(iter(line for line in said if ' run ' in line)), 'the array is told something else than the machine'
+    assert re.search(r'SETTINGS="(.*)"',
+                     array)[1] in next(iter(line for line in said
+                                            if ' run ' in line)), 'the array is told something else than the machine'
 
 
 def test_the_plan_of_the_page_is_a_plan(cluster):
     [line] = {line for b in blocks() for line in b.splitlines() if line.startswith('mapo plan')}
     out, _ = bash(line, cluster, 120)
     assert 'Qwen2.5-Math-RM-72B' in out and 'GPU-hours' in out
-    without = subprocess.run(shlex.split(line.replace('-p tensor_parallel=4 ', '')), capture_output=True, text=True, timeout=120)
+    without = subprocess.run(shlex.split(line.replace('-p tensor_parallel=4 ', '')), capture_output=True, text=True,
+                             timeout=120)
     assert without.returncode and 'does not fit' in without.stderr and 'tensor_parallel=4' in without.stderr, without.stderr
 
 
-def shown(notebook): return [o.get('text') or o.data['text/plain'] for c in notebook.cells for o in c.get('outputs', [])]
+def shown(notebook):
+    return [o.get('text') or o.data['text/plain'] for c in notebook.cells for o in c.get('outputs', [])]
 
 
 def test_the_page_shows_the_plans_and_the_script_of_today():
@@ -151,7 +164,8 @@ def test_a_task_near_its_time_limit_goes_back_into_the_queue(cluster):
     "Slurm sends USR1 to the script, as its head asks for."
     (cluster/'bin'/'mapo').write_text('#!/usr/bin/env bash\ntouch "$MAPO_RUNS/started"\nexec sleep 60\n')
     (cluster/'bin'/'mapo').chmod(0o755)
-    env = dict(PAPER='malt', SETTINGS='--preset smoke', MAPO_RUNS=str(cluster), SLURM_JOB_ID='77', SLURM_ARRAY_TASK_ID='3')
+    env = dict(PAPER='malt', SETTINGS='--preset smoke', MAPO_RUNS=str(cluster), SLURM_JOB_ID='77',
+               SLURM_ARRAY_TASK_ID='3')
     job = subprocess.Popen(['bash', SCRIPT], env=os.environ | env, start_new_session=True)
     try:
         for _ in range(200):

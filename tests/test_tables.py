@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 
 from mapo.agents import escape, printable
-from mapo.tables import (arm_label, arm_style, arms, average_diversity, base_arms, choose_rates, claims_table, comparisons_table, flag_failures,
-                         flag_selection, flips_table, formatted, markdown, readouts_table, results_table, save_table, show_pairs, show_table, sweep_table)
+from mapo.tables import (arm_label, arm_style, arms, average_diversity, base_arms, choose_rates, claims_table,
+                         comparisons_table, flag_failures,
+                         flag_selection, flips_table, formatted, markdown, readouts_table, results_table, save_table,
+                         show_pairs, show_table, sweep_table)
 from written import costs, debates, everything, hostile, manifest, rows, team, teams, trees  # noqa: F401 fixtures among them
 
 
@@ -25,7 +27,8 @@ class Text(html.parser.HTMLParser):
 @pytest.mark.parametrize('text', hostile)
 def test_model_text_is_never_interpreted(text):
     say = lambda role: [dict(role=role, content=text)]
-    shown = show_pairs(pd.DataFrame([dict(prompt=say('user'), chosen=say('assistant'), rejected=say('assistant'), problem_id=text, agent=text, chosen_agent=text, rejected_agent=text)]))
+    shown = show_pairs(pd.DataFrame([dict(prompt=say('user'), chosen=say('assistant'), rejected=say('assistant'),
+                                          problem_id=text, agent=text, chosen_agent=text, rejected_agent=text)]))
     page = Text()
     page.feed(shown.html)
     page.close()
@@ -37,14 +40,16 @@ def test_model_text_is_never_interpreted(text):
     table = show_table(pd.DataFrame(dict(claim=[text])), 'fixed-id', note=text)
     page = Text()
     page.feed(table.html)
-    assert page.tags == {'div', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'p'} and '<table id="fixed&#45;id">' in table.html
+    assert page.tags == {'div', 'table', 'thead', 'tbody', 'tr', 'th', 'td',
+                         'p'} and '<table id="fixed&#45;id">' in table.html
     cells = markdown(formatted(pd.DataFrame(dict(claim=[text])))).splitlines()
     assert len(cells) == 3 and not re.search(r'(?<!\\)[*_$`<]', cells[2])
 
 
 def test_endless_text_is_cut_and_says_so():
     say = lambda text: [dict(role='assistant', content=text)]
-    shown = show_pairs(pd.DataFrame([dict(prompt=say('q'), chosen=say('x'*2_000_000), rejected=say(''), problem_id='p', agent='a', chosen_agent='a', rejected_agent='b')]))
+    shown = show_pairs(pd.DataFrame([dict(prompt=say('q'), chosen=say('x'*2_000_000), rejected=say(''), problem_id='p',
+                                          agent='a', chosen_agent='a', rejected_agent='b')]))
     assert '2,000,000 characters' in html.unescape(shown.html) and '2,000,000 characters' in repr(shown) and len(shown.html) < 10_000
     assert repr(show_pairs(pd.DataFrame())) == 'no pairs'
 
@@ -76,7 +81,8 @@ def test_a_claim_needs_its_arms_and_more_than_one_seed(rows):
 
 def test_a_claim_of_several_tests_holds_only_whole():
     levels = {0: dict(a=.5, b=.5)}
-    rows = pd.concat([team('base', levels, seeds=range(6)), team('mars_po', {1: dict(a=.8, b=.2)}, seeds=range(6)), team('dpo', {1: dict(a=.8, b=.8)}, seeds=range(6))])
+    rows = pd.concat([team('base', levels, seeds=range(6)), team('mars_po', {1: dict(a=.8, b=.2)}, seeds=range(6)),
+                      team('dpo', {1: dict(a=.8, b=.8)}, seeds=range(6))])
     claim = lambda arm: dict(claim=f'both gain under {arm}', paper='none', refuted_if='one loses',
                              tests=[[f'{arm}:{n}', f'base:{n}'] for n in 'ab'])
     judged = claims_table([claim('mars_po'), claim('dpo')], rows)
@@ -90,7 +96,8 @@ def drawn(differences, seeds=3, problems=50):
     "Compact rows of arms `a` and `b` whose sampled and greedy accuracy differ by what is given, seed by seed."
     share = lambda arm, metric, s: .5 + (differences[metric][s] if arm == 'a' else 0)
     row = lambda arm, s, i: dict(arm=arm, seed=s, iteration=int(arm == 'a'), agent='team', problem_id=f'p{i:02}', n=100,
-                                 c=round(100*share(arm, 'sampled', s)), greedy=float(i < problems*share(arm, 'greedy', s)))
+                                 c=round(100*share(arm, 'sampled', s)),
+                                 greedy=float(i < problems*share(arm, 'greedy', s)))
     return pd.DataFrame([row(arm, s, i) for arm in 'ab' for s in range(seeds) for i in range(problems)])
 
 
@@ -155,11 +162,15 @@ def test_bias_of_a_selection_is_named_and_chance_is_not():
     rng, named = np.random.default_rng(3), []
     for run in range(120):
         weights = rng.normal(100, 5, (5, 3, 3))
-        table = pd.DataFrame([dict(arm='mars_po', seed=s, iteration=t, source_agent=a, candidates=100., selected=weights[s, t, i], candidate_tokens=20., selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3) for i, a in enumerate('abc')])
+        table = pd.DataFrame([dict(arm='mars_po', seed=s, iteration=t, source_agent=a, candidates=100.,
+                                   selected=weights[s, t, i], candidate_tokens=20.,
+                                   selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3) for i,
+                              a in enumerate('abc')])
         named.append(str(flag_selection(table).failure[0]))
     assert .01 < np.mean(['length' in n for n in named]) < .11  # .05, one standard error .02
     assert np.mean(['source agent' in n for n in named]) < .08
-    biased = table.assign(selected=table.selected*np.where(table.source_agent == 'b', 1.4, 1), selected_tokens=table.selected_tokens + 3)
+    biased = table.assign(selected=table.selected*np.where(table.source_agent == 'b', 1.4, 1),
+                          selected_tokens=table.selected_tokens + 3)
     row = flag_selection(biased).iloc[0]
     assert row.failure == 'length, source agent' and row.source_agent == 'b' and abs(row.longer - 3) < .6
     with pytest.raises(ValueError, match='there twice'): flag_selection(pd.concat([table, table]))
@@ -187,7 +198,8 @@ def test_names_have_one_look_each():
 def test_the_untrained_arm_a_debate_began_as(debates):
     base = base_arms(debates['rows'], dict(bases=dict(multiagent_ft='debate', single_agent='debate')))
     assert base['multiagent_ft'] == 'debate' and base['star'] == base['debate'] == base['base'] == 'base'
-    with pytest.raises(ValueError, match="bases name arm 'nobody'"): base_arms(debates['rows'], dict(bases=dict(star='nobody')))
+    with pytest.raises(ValueError, match="bases name arm 'nobody'"):
+        base_arms(debates['rows'], dict(bases=dict(star='nobody')))
 
 
 def test_a_team_has_one_column(debates, trees):
@@ -202,7 +214,8 @@ def test_a_team_below_its_base_is_named(trees):
     few = rows[rows.arm.isin(['sa', 'ma', 'malt'])]
     worse = few.assign(c=few.c.where(few.arm != 'malt', 0))
     flags = flag_failures(worse)
-    assert flags.query("arm == 'malt' and failure == 'below its base' and agent == 'team'").clear.all() and 'malt' in set(flags.arm) and 'sa' not in set(flags.arm)
+    assert flags.query("arm == 'malt' and failure == 'below its base' and agent == "
+                       "'team'").clear.all() and 'malt' in set(flags.arm) and 'sa' not in set(flags.arm)
     assert base_arms(rows) == dict.fromkeys(rows.arm, 'sa')
 
 
@@ -210,27 +223,35 @@ def test_one_seed_keeps_its_interval_and_several_widen_it(debates):
     table = debates['diversity']
     keys = ['arm', 'iteration', 'round', 'measure']
     one = average_diversity(table[table.seed == 0]).set_index(keys)
-    assert (one[['low', 'high']] == table[table.seed == 0].set_index(keys)[['low', 'high']].reindex(one.index)).all(axis=None) and {*one.seeds} == {1}
+    assert (one[['low', 'high']]
+            == table[table.seed
+                     == 0].set_index(keys)[['low', 'high']].reindex(one.index)).all(axis=None) and {*one.seeds} == {1}
     rng = np.random.default_rng(0)
     truth, covered = .5, []
     for _ in range(400):  # 5 seeds, 200 problems: the mean over seeds of a measure whose seeds differ
         problems, seeds = rng.normal(truth, .3, 200), rng.normal(0, .02, 5)
         values = problems + seeds[:, None] + rng.normal(0, .1, (5, 200))
-        run = pd.DataFrame([dict(arm='a', seed=s, iteration=1, measure='nll', round=1, mean=v.mean(), low=0, high=1, se=v.std(ddof=1)/200**.5, problems=200) for s, v in enumerate(values)])
+        run = pd.DataFrame([dict(arm='a', seed=s, iteration=1, measure='nll', round=1, mean=v.mean(), low=0, high=1,
+                                 se=v.std(ddof=1)/200**.5, problems=200) for s, v in enumerate(values)])
         row = average_diversity(run).iloc[0]
         covered.append(row.low <= truth <= row.high)
     assert .93 < np.mean(covered) < 1
-    wide = average_diversity(pd.DataFrame([dict(arm='a', seed=s, iteration=0, measure='consensus', round=0, mean=.98, low=.9, high=1, se=.05, problems=60) for s in (0, 1)])).iloc[0]
+    wide = average_diversity(pd.DataFrame([dict(arm='a', seed=s, iteration=0, measure='consensus', round=0, mean=.98,
+                                                low=.9, high=1, se=.05, problems=60) for s in (0, 1)])).iloc[0]
     assert wide.high == 1 and wide.low < .9
 
 
 def test_readouts_and_flips_stand_in_their_order(debates, trees):
     assert [*readouts_table(debates['readouts']).columns[[2, 5, 8]]] == ['alone', 'vote', 'debate']
-    assert [*readouts_table(trees['readouts']).columns[[2, 5, 8, 11]]] == ['after generator', 'after verifier', 'after refiner', 'vote']
+    assert [*readouts_table(trees['readouts']).columns[[2, 5, 8, 11]]] == ['after generator', 'after verifier',
+                                                                           'after refiner', 'vote']
     assert [*flips_table(trees['flips']).arm[:4]] == ['sa', 'sa_vote', 'sa_vote_nine', 'ma']
 
 
 def test_swept_words_and_numbers_have_an_order(trees):
-    words = pd.DataFrame([dict(setting='order', value=v, arm='malt', accuracy=.6, low=.5, high=.7) for v in ('b', 'c', 'a')])
+    words = pd.DataFrame([dict(setting='order', value=v, arm='malt', accuracy=.6, low=.5, high=.7)
+                          for v in ('b', 'c', 'a')])
     both = sweep_table(pd.concat([words, trees['sweep'].query("setting == 'threshold'").astype(dict(value=str))]))
-    assert [*both.value] == ['a', 'b', 'c'] + ['0.3']*3 + ['0.5']*3 + ['0.7']*3 and [*both.arm[3:6]] == ['star_ma', 'malt_one', 'malt']
+    assert [*both.value] == ['a', 'b', 'c'] + ['0.3']*3 + ['0.5']*3 + ['0.7']*3 and [*both.arm[3:6]] == ['star_ma',
+                                                                                                         'malt_one',
+                                                                                                         'malt']

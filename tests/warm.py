@@ -18,8 +18,10 @@ import time
 import types
 from pathlib import Path
 
-LIBRARIES = ['torch', 'transformers.models.llama.modeling_llama', 'trl.trainer.dpo_trainer', 'trl.trainer.sft_trainer', 'trl.trainer.reward_trainer', 'peft', 'datasets',
-             'pandas', 'pyarrow.parquet', 'scipy.stats', 'matplotlib.backends.backend_agg', 'matplotlib.backends.backend_svg', 'seaborn', 'math_verify', 'nbdev.test', 'execnb.shell']
+LIBRARIES = ['torch', 'transformers.models.llama.modeling_llama', 'trl.trainer.dpo_trainer', 'trl.trainer.sft_trainer',
+             'trl.trainer.reward_trainer', 'peft', 'datasets',
+             'pandas', 'pyarrow.parquet', 'scipy.stats', 'matplotlib.backends.backend_agg',
+             'matplotlib.backends.backend_svg', 'seaborn', 'math_verify', 'nbdev.test', 'execnb.shell']
 LOOK = .02 # seconds between two looks at whether a process has ended
 
 
@@ -32,7 +34,8 @@ class Warm:
         self.ended = Path(f'{said}.ended')
         self.said.write_text('')
         self.ended.unlink(missing_ok=True)
-        job = dict(code=code, argv=[*map(str, argv)], cwd=str(cwd or Path.cwd()), env=os.environ | {k: str(v) for k, v in env.items()}, said=str(said))
+        job = dict(code=code, argv=[*map(str, argv)], cwd=str(cwd or Path.cwd()),
+                   env=os.environ | {k: str(v) for k, v in env.items()}, said=str(said))
         if Warm.server is None or Warm.server.poll() is not None: start() # a test may have ended all that this process had started
         Warm.server.stdin.write(json.dumps(job)+'\n')
         Warm.server.stdin.flush()
