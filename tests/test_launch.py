@@ -49,7 +49,7 @@ def untied(initial, tmp_path_factory):
     return Model('untied', str(save_model(type(net)(net.config), made, tmp_path_factory.mktemp('models')/'untied')))
 
 
-def train(name, initial, table, folder, settings=None, **how):
+def trained(name, initial, table, folder, settings=None, **how):
     "Rows of very unequal lengths: a mean over tokens is no mean of the processes' means."
     settings,pairs = settings or SETTINGS[name],make_pairs(11)
     if name.startswith('sft'):
@@ -66,7 +66,7 @@ def job(name, initial, table, folder, launch, monkeypatch, **how):
     with monkeypatch.context() as m, pytest.raises(InterruptedError):
         m.setattr(training, '_launched', write)
         m.setattr(training, 'check_launch', lambda *args: None)
-        train(name, initial, table, folder, launch=launch, **how)
+        trained(name, initial, table, folder, launch=launch, **how)
     return folder/'launch'
 
 
@@ -90,7 +90,7 @@ def agree(log, folder, whole, atol=2e-4):
 def undisturbed(table, tmp_path_factory):
     "What one process makes of a kind of training from a model: the same for all strategies."
     @lru_cache
-    def made(kind, model): return train(kind, model, table, tmp_path_factory.mktemp('whole')/kind, progress=False)
+    def made(kind, model): return trained(kind, model, table, tmp_path_factory.mktemp('whole')/kind, progress=False)
     return made
 
 
@@ -155,7 +155,7 @@ def test_two_processes_compute_what_one_does(initial, untied, table, undisturbed
 
 @pytest.mark.slow
 def test_one_launched_process_writes_the_bytes_of_none(initial, table, tmp_path, capfd):
-    one,none = (train('dpo', initial, table, tmp_path/name, launch=launch) for name,
+    one,none = (trained('dpo', initial, table, tmp_path/name, launch=launch) for name,
                 launch in [('one', Launch('ddp', 1)), ('none', Launch())])
     assert one.log.equals(none.log) and one.counts == none.counts and one.model == replace(none.model,
                                                                                            path=str(tmp_path/'one'))
@@ -194,16 +194,16 @@ def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_
     killer.start()
     with pytest.raises(ChildProcessError,
                        match=r"launched training of 'random0' died: process 1 of 2 was ended by SIGKILL.* goes on from the last one when"):
-        train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, checkpoint_every=10, progress=False)
+        trained('dpo', initial, table, tmp_path/'out', settings, launch=TWO, checkpoint_every=10, progress=False)
     killer.join()
     assert not processes(folder)
     [checkpoint] = (tmp_path/'out'/'checkpoints').iterdir()
     assert {'checksums.json', 'rng_state_0.pth', 'rng_state_1.pth',
             'optimizer.pt'} <= {p.name for p in checkpoint.iterdir()} and not (checkpoint/'training_args.bin').exists()
     with pytest.raises(ValueError, match='another model, rows or settings'):
-        train('dpo', initial, table, tmp_path/'out', settings)
-    resumed = train('dpo', initial, table, tmp_path/'out', settings, launch=TWO, progress=False)
-    whole = train('dpo', initial, table, tmp_path/'whole', settings, progress=False)
+        trained('dpo', initial, table, tmp_path/'out', settings)
+    resumed = trained('dpo', initial, table, tmp_path/'out', settings, launch=TWO, progress=False)
+    whole = trained('dpo', initial, table, tmp_path/'whole', settings, progress=False)
     agree(resumed.log[:20], tmp_path/'out', replace(whole, log=whole.log[:20]), atol=5e-3)
     assert len(resumed.log) == 40 and not (tmp_path/'out'/'launch').exists() and not (tmp_path/'out'/'checkpoints').exists()
 
@@ -236,7 +236,7 @@ def test_an_interrupt_ends_all_processes(initial, table, tmp_path):
         wait_for(lambda: (folder/'process-1.pid').exists())
         signal.raise_signal(signal.SIGINT)
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt): train('sft', initial, table, tmp_path/'out', launch=TWO, progress=False)
+    with pytest.raises(KeyboardInterrupt): trained('sft', initial, table, tmp_path/'out', launch=TWO, progress=False)
     assert not processes(folder)
 
 
@@ -244,7 +244,7 @@ def test_an_interrupt_ends_all_processes(initial, table, tmp_path):
 def test_an_error_inside_comes_back_as_its_sentence(initial, table, tmp_path):
     with pytest.raises(FloatingPointError,
                        match=r'^the (loss|grad_norm) became \w+ at update 3 of 4: lower the learning rate'):
-        train('sft', initial, table, tmp_path/'out', replace(SETTINGS['sft'], learning_rate=1e30), launch=TWO,
+        trained('sft', initial, table, tmp_path/'out', replace(SETTINGS['sft'], learning_rate=1e30), launch=TWO,
               checkpoint_every=2, progress=False)
     assert not processes(tmp_path/'out'/'launch') and not (tmp_path/'out'/'model.safetensors').exists()
     assert 'FloatingPointError' in (tmp_path/'out'/'launch'/'process-0.log').read_text()
@@ -253,7 +253,7 @@ def test_an_error_inside_comes_back_as_its_sentence(initial, table, tmp_path):
 def test_what_cannot_start_is_refused_before_anything_is_loaded(initial, table, tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'load_model', lambda *args, **kwargs: pytest.fail('loaded'))
     monkeypatch.setattr(training.subprocess, 'Popen', lambda *args, **kwargs: pytest.fail('started'))
-    go = lambda launch, **changes: train('dpo', initial, table, tmp_path/'out', replace(SETTINGS['dpo'], **changes),
+    go = lambda launch, **changes: trained('dpo', initial, table, tmp_path/'out', replace(SETTINGS['dpo'], **changes),
                                          launch=launch)
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
@@ -312,8 +312,8 @@ def test_an_adapter_is_trained_on_a_base_of_four_bits(initial, table, tmp_path):
     settings = replace(SETTINGS['dpo_lora'], quantized=True, updates=2)
     net,_ = training._quantized(initial)
     assert {p.dtype for n, p in net.named_parameters() if '_proj' in n} == {torch.uint8}
-    done = train('dpo', initial, table, tmp_path/'out', settings, progress=False)
-    whole = train('dpo', initial, table, tmp_path/'whole', replace(settings, quantized=False), progress=False)
+    done = trained('dpo', initial, table, tmp_path/'out', settings, progress=False)
+    whole = trained('dpo', initial, table, tmp_path/'whole', replace(settings, quantized=False), progress=False)
     assert abs(done.log.loss-whole.log.loss).max() < .2 and not done.log.loss.equals(whole.log.loss)
     assert done.model.adapter and weights(tmp_path/'out').keys() == weights(tmp_path/'whole').keys()
     assert {w.dtype for w in weights(tmp_path/'out').values()} == {torch.float32}
