@@ -36,8 +36,8 @@ def answers(rng, runs, p, seeds, problems, between, kind):
     "Share right of each problem: (runs, 2 arms, seeds, problems)."
     n, hard, own, luck = KINDS[kind]
     draw = lambda spread, *shape: spread*rng.standard_normal((runs, *shape), dtype=np.float32)
-    odds = draw(hard, 1, 1, problems) + draw(own, 2, 1, problems) + draw(between, 2, seeds, 1) + draw(luck, 2, seeds,
-                                                                                                      problems)
+    odds = (draw(hard, 1, 1, problems) + draw(own, 2, 1, problems) + draw(between, 2, seeds, 1)
+            + draw(luck, 2, seeds, problems))
     chance = special.expit(odds + np.float32(intercept(p, np.sqrt(hard**2 + own**2 + between**2 + luck**2))))
     return (rng.random(chance.shape, dtype=np.float32) < chance).astype(float) if n == 1 else rng.binomial(n, chance)/n
 

@@ -93,7 +93,8 @@ def compare(label, name, preset, arms, settings, root):
 
 
 def ratio(values):
-    return f'{values.median():.2f} ({values.min():.2f} to {values.max():.2f})' if len(values) > 1 else f'{values.iloc[0]:.2f}'
+    if len(values) > 1: return f'{values.median():.2f} ({values.min():.2f} to {values.max():.2f})'
+    return f'{values.iloc[0]:.2f}'
 
 
 def summary(table):
@@ -102,13 +103,15 @@ def summary(table):
              'measured, MB | memory: planned/measured |', '|---|---|--:|--:|--:|--:|---|--:|--:|---|']
     for (run, stage), t in table.groupby(['run', 'stage'], sort=False):
         lines.append(f'| {run} | {stage} | {len(t)} | {t.planned_s.sum():.1f} | {t.most_s.sum():.1f} | '
-                     f'{t.cpu_s.sum():.1f} | {ratio(t.planned_s/t.cpu_s)} | {t.planned_mb.max():,.0f} | {t.peak_mb.max():,.0f} | {ratio(t.planned_mb/t.peak_mb)} |')
+                     f'{t.cpu_s.sum():.1f} | {ratio(t.planned_s/t.cpu_s)} | {t.planned_mb.max():,.0f} '
+                     f'| {t.peak_mb.max():,.0f} | {ratio(t.planned_mb/t.peak_mb)} |')
     return '\n'.join(lines)
 
 
 def far(name, values):
     worst = max(values.max(), 1/values.min())
-    return f'{name}: median {values.median():.2f}, within a factor of {worst:.1f} everywhere, within 2 in {(values.between(.5, 2)).mean():.0%} of the stages'
+    return (f'{name}: median {values.median():.2f}, within a factor of {worst:.1f} '
+            f'everywhere, within 2 in {(values.between(.5, 2)).mean():.0%} of the stages')
 
 
 def recorded(machine, prompt):
@@ -116,14 +119,18 @@ def recorded(machine, prompt):
     from mapo.plan import machine_totals, plan_paper
     record = REPO/'figures'/'record'/'mars_po_small'
     about = json.loads((record/'manifest.json').read_text())
-    given = {k: v for k, v in about['parameters'].items() if v is not None and k not in ('preset', 'arms', 'seeds',
-                                                                                         'split', 'record')} | RECORD
+    given = {k: v for k, v in about['parameters'].items()
+             if v is not None and k not in ('preset', 'arms', 'seeds', 'split', 'record')} | RECORD
     plan = plan_paper('mars_po', 'small', about['parameters']['arms'], about['parameters']['seeds'],
                       about['parameters']['split'], prompt_tokens=prompt, **given)
     seconds = sum(row['work'].seconds(machine) for row in plan._rows)
     held = max(sum(row['work'].memory(machine)) for row in plan._rows)/1e6
     cost = about['cost']
-    return f"The published run {record.name}, of SmolLM2-135M agents, with prompts of {prompt} tokens and answers of at most {given['max_tokens']}: planned at most {seconds:,.0f} s, recorded {cost['cpu_s']:,.0f} CPU-s (ratio {seconds/cost['cpu_s']:.2f}); planned {held:,.0f} MB, recorded {cost['peak_memory_mb']*1.048576:,.0f} MB with Python and torch (ratio {held/cost['peak_memory_mb']/1.048576:.2f})"
+    return (f"The published run {record.name}, of SmolLM2-135M agents, with prompts of {prompt} "
+            f"tokens and answers of at most {given['max_tokens']}: planned at most {seconds:,.0f} "
+            f"s, recorded {cost['cpu_s']:,.0f} CPU-s (ratio {seconds/cost['cpu_s']:.2f}); planned "
+            f"{held:,.0f} MB, recorded {cost['peak_memory_mb']*1.048576:,.0f} MB with Python and "
+            f"torch (ratio {held/cost['peak_memory_mb']/1.048576:.2f})")
 
 
 def main():
@@ -148,7 +155,9 @@ def main():
             tables.append(compare('mars_po, SmolLM2-135M', name, preset, arms, settings | dict(agents=(model,)), root))
     table, machine = pd.concat([t for t, _ in tables], ignore_index=True), tables[-1][1]
     tiny, large = table[table.run.str.contains('tiny')], table[~table.run.str.contains('tiny')]
-    parts = [f'{machine.flops/1e9:.0f} GFLOP/s and {machine.bandwidth/1e9:.0f} GB/s measured by the plan, one thread of {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f}.', summary(table)]
+    parts = [f'{machine.flops/1e9:.0f} GFLOP/s and {machine.bandwidth/1e9:.0f} GB/s '
+             f'measured by the plan, one thread of {os.cpu_count()} cores, '
+             f'{platform.machine()}, load average {os.getloadavg()[0]:.1f}.', summary(table)]
     parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}' for which,
                         t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
                         for what, values in (('Planned time over CPU-seconds', t.planned_s/t.cpu_s),
@@ -161,7 +170,8 @@ def main():
               *([recorded(machine, int(large.prompt.iloc[0]))] if len(large) else [])]
     parts.append(READING)
     ended = os.times()
-    parts.append(f'{ended.user+ended.system-started.user-started.system:.0f} CPU-seconds in all; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}.')
+    parts.append(f'{ended.user+ended.system-started.user-started.system:.0f} CPU-seconds in all; torch '
+                 f'{torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}.')
     text = '\n\n'.join(parts)+'\n'
     if args.out:
         Path(args.out).write_text(f'# What plans say beside what runs take\n\n`OMP_NUM_THREADS=1 python '

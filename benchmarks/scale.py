@@ -47,9 +47,8 @@ def word_problems(count:int):
     form = np.where(np.arange(count) % 20 == 19, 'surd', np.where(np.arange(count) % 2, 'fraction', 'whole'))
     answer = [f'{w}\\sqrt{{{z}}}' if f == 'surd' else str(w*x + y) if f == 'whole' else f'\\frac{{{w*x + y}}}{{{z}}}'
               for f, w, x, y, z in zip(form, a, b, c, d)]
-    question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are to be shared '
-                f'out '
-                f'evenly among {z} families ({f}, lot {i}). What does each take home?'
+    question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are '
+                f'to be shared out evenly among {z} families ({f}, lot {i}). What does each take home?'
                 for i, (f, w, x, y, z) in enumerate(zip(form, a, b, c, d))]
     return pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(count)], question=question, answer=answer, solution='',
                              kind=np.where(form == 'whole', 'number', 'math'), split='train', source='scale'))
@@ -59,8 +58,8 @@ def word_problems(count:int):
 def worked(question, slip):
     "Every way of writing each step, and of ending, if the product is wrong by `slip`."
     a, b, c, d = (int(word) for word in question.split() if word.isdigit())
-    form, told = question.partition('(')[2].partition(',')[0], dict(a=a, b=b, c=c, d=d, ab=a*b + slip,
-                                                                    abc=a*b + slip + c)
+    form = question.partition('(')[2].partition(',')[0]
+    told = dict(a=a, b=b, c=c, d=d, ab=a*b + slip, abc=a*b + slip + c)
     answers = dict(whole=[a*b + slip + c], fraction=[f'\\frac{{{a*b + slip + c}}}{{{d}}}'],
                    surd=[f'{a + slip}\\sqrt{{{d}}}', f'\\sqrt{{{(a + slip)**2*d}}}'])[form]
     return [[way.format_map(told) for way in step] for step in STEPS], [ENDINGS[form].format(x) for x in answers]
@@ -171,7 +170,8 @@ def measure(part, root, turns):
 
 def slope(own, column):
     "The exponent of a part: the slope of log(cost) over log(turns) between its two largest sizes, where what it costs once weighs least."
-    return float(np.diff(np.log(own[column].clip(lower=1e-3).iloc[-2:]))[0]/np.diff(np.log(own['turns'].iloc[-2:]))[0]) if len(own) > 1 else np.nan
+    return (float(np.diff(np.log(own[column].clip(lower=1e-3).iloc[-2:]))[0]/np.diff(np.log(own['turns'].iloc[-2:]))[0])
+            if len(own) > 1 else np.nan)
 
 
 def report(measured, command):
@@ -243,8 +243,8 @@ def main():
     for turns in args.turns:
         with tempfile.TemporaryDirectory() as root: rows += [measure(part, root, turns) for part in PARTS]
     measured = pd.DataFrame(rows)
-    given = [f"--turns {' '.join(map(str, args.turns))}"]*(args.turns
-                                                           != parser.get_default('turns')) + [f'--out {args.out}']*bool(args.out)
+    given = ([f"--turns {' '.join(map(str, args.turns))}"]*(args.turns != parser.get_default('turns'))
+             + [f'--out {args.out}']*bool(args.out))
     text = report(measured, ' '.join(['python benchmarks/scale.py', *given]))
     print(text)
     if args.out:

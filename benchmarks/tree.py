@@ -78,8 +78,7 @@ def report(r, command):
                       '',
                       '| part | time |', '|---|--:|', *rows, f"| **all** | **{r['total']:.2f} s** |", '',
                       f"Limit for 100,000 nodes, {LIMIT:.0f} s: {'kept' if r['total'] < LIMIT else 'BROKEN'}. "
-                      f"Examples: "
-                      f"{by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
+                      f"Examples: {by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
                       f'Python {platform.python_version()}, pandas {pd.__version__}, {os.cpu_count()} cores, '
                       f'{platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end.'])
 

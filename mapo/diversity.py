@@ -75,7 +75,8 @@ def over_problems(
 def _mean_row(key, group):
     each = group.groupby('problem_id')['value'].mean().dropna().to_numpy()
     if len(each) < 2:
-        raise ValueError(f"{', '.join(f'{k} {v!r}' for k, v in key.items())}: {len(each)} of {group['problem_id'].nunique()} problems have a value, an interval needs two or more")
+        raise ValueError(f"{', '.join(f'{k} {v!r}' for k, v in key.items())}: {len(each)} of "
+                         f"{group['problem_id'].nunique()} problems have a value, an interval needs two or more")
     mean,se,low,high = map(float, cluster_interval(each[None]) if key['measure'] in _SHARES else mean_interval(each))
     return dict(**key, mean=mean, low=low, high=high, se=se, problems=len(each),
                 left_out=int(group['value'].isna().sum()))
@@ -89,9 +90,8 @@ def unit_vectors(
     codes,distinct = pd.factorize(texts)
     vectors = np.asarray(encode(list(distinct)), dtype=float)
     if vectors.ndim != 2 or len(vectors) != len(distinct):
-        raise ValueError(f'the encoder gave an array of shape {vectors.shape} for {len(distinct)} texts: it must give '
-                         f'a '
-                         f'vector for each')
+        raise ValueError(f'the encoder gave an array of shape {vectors.shape} for '
+                         f'{len(distinct)} texts: it must give a vector for each')
     lengths = np.linalg.norm(vectors, axis=1)
     odd = np.flatnonzero(~(abs(lengths - 1) < 1e-3))
     if len(odd):
@@ -103,7 +103,8 @@ def unit_vectors(
 def _check_spoken(turns):
     silent = turns['turn_id'][turns['text'].fillna('').str.strip() == '']
     if len(silent):
-        raise ValueError(f'{len(silent)} of {len(turns)} responses are empty, first {silent.iloc[0]!r}: leave them out, there is nothing in them to compare')
+        raise ValueError(f'{len(silent)} of {len(turns)} responses are empty, first '
+                         f'{silent.iloc[0]!r}: leave them out, there is nothing in them to compare')
 
 # %% ../nbs/api/11_diversity.ipynb #bf3a673e
 def embedding_dissimilarity(
@@ -117,8 +118,8 @@ def embedding_dissimilarity(
     check_seats(turns)
     used = turns if problems is None else turns[agrees(turns, vote(turns, problems), problems)['value'].to_numpy() == 1]
     if used.empty:
-        raise ValueError('no response has the majority answer, because there is none: compare all responses with '
-                         'problems=None')
+        raise ValueError('no response has the majority answer, because there '
+                         'is none: compare all responses with problems=None')
     _check_spoken(used)
     means = pd.DataFrame(unit_vectors(used['text'],
                                       encode)).groupby([used[c].to_numpy() for c in (*place, 'seat')]).mean()
@@ -148,8 +149,8 @@ def sentence_encoder(
 # %% ../nbs/api/11_diversity.ipynb #503d7a6c
 def _check_encoder(folder):
     if not (folder/'config.json').exists():
-        raise FileNotFoundError(f'there is no encoder in {str(folder)!r}: it needs config.json, *.safetensors and a '
-                                f'tokenizer')
+        raise FileNotFoundError(f'there is no encoder in {str(folder)!r}: it needs '
+                                'config.json, *.safetensors and a tokenizer')
     pooling = folder/'1_Pooling'/'config.json'
     if pooling.exists() and '"pooling_mode_mean_tokens": true' not in pooling.read_text(): raise ValueError(
         f'the encoder in {str(folder)!r} was not made for mean pooling (1_Pooling/config.json): take one that was, or '
@@ -159,7 +160,8 @@ def _check_encoder(folder):
 def _encoder_ids(tokenizer, texts, max_tokens):
     long = sum(len(ids) > max_tokens for ids in tokenizer(texts, verbose=False)['input_ids'])
     if long:
-        warnings.warn(f'{long} of {len(texts)} texts are longer than {max_tokens} tokens: only their beginning is encoded', stacklevel=3)
+        warnings.warn(f'{long} of {len(texts)} texts are longer than {max_tokens} '
+                      'tokens: only their beginning is encoded', stacklevel=3)
     return tokenizer(texts, truncation=True, max_length=max_tokens)['input_ids']
 
 # %% ../nbs/api/11_diversity.ipynb #a9372a8e
@@ -204,7 +206,8 @@ def response_tokens(
     told = contexts.drop_duplicates('context_id').set_index('context_id')['messages']
     lost = turns[~turns['context_id'].isin(told.index)]
     if len(lost):
-        raise ValueError(f"{len(lost)} of {len(turns)} turns answer a context that is not in the table, first {lost['turn_id'].iloc[0]!r}: pass the contexts they were sampled with")
+        raise ValueError(f"{len(lost)} of {len(turns)} turns answer a context that is not in the table, "
+                         f"first {lost['turn_id'].iloc[0]!r}: pass the contexts they were sampled with")
     examples = pd.DataFrame(dict(prompt=[list(told[c]) for c in turns['context_id']],
                                  completion=[[dict(role='assistant', content=t)] for t in turns['text']]))
     tokens,_ = example_tokens(tokenizer, examples, window)
@@ -218,7 +221,8 @@ def _window(net): return getattr(net.config.get_text_config(), 'max_position_emb
 def _spread(values, tokens, turns, who): # a value for each turn, NaN for those that were too long
     odd = tokens.index[~np.isfinite(values)]
     if len(odd):
-        raise ValueError(f"{who} gives no finite number for {len(odd)} of {len(tokens)} responses, first {turns['turn_id'].iloc[odd[0]]!r}: look at its weights and its number format")
+        raise ValueError(f"{who} gives no finite number for {len(odd)} of {len(tokens)} responses, first "
+                         f"{turns['turn_id'].iloc[odd[0]]!r}: look at its weights and its number format")
     return pd.Series(values, tokens.index).reindex(range(len(turns))).to_numpy()
 
 # %% ../nbs/api/11_diversity.ipynb #0dad6c2b
@@ -248,7 +252,8 @@ def nll_among(
     "Every agent's responses under each of the other agents, held out in turn."
     speakers = set(turns['agent'])
     if strangers := speakers - set(models):
-        raise ValueError(f"{sorted(strangers)[0]!r} speaks in these turns, but is not among the models: {', '.join(map(repr, models)) or 'none'}")
+        raise ValueError(f"{sorted(strangers)[0]!r} speaks in these turns, but is not "
+                         f"among the models: {', '.join(map(repr, models)) or 'none'}")
     if unheard := [name for name in models if not speakers - {name}]:
         raise ValueError(f'nobody but {unheard[0]!r} speaks in these turns: likelihood under another agent needs two '
                          f'speakers or more')
@@ -276,14 +281,17 @@ def _next_log_probabilities(net, rows): # (tokens of the responses, vocabulary)
 def _shared_tokens(names, nets, tokenizers, turns, contexts):
     one,other = (t.get_vocab() for t in tokenizers)
     if one != other:
-        raise ValueError(f'{names[0]!r} and {names[1]!r} have different vocabularies ({len(one)} and {len(other)} tokens, {len(one.items() & other.items())} in common): '
-                         'KL compares the probabilities of the same tokens')
+        raise ValueError(f'{names[0]!r} and {names[1]!r} have different vocabularies ({len(one)} '
+                         f'and {len(other)} tokens, {len(one.items() & other.items())} in '
+                         'common): KL compares the probabilities of the same tokens')
     widths = [net.config.get_text_config().vocab_size for net in nets]
     if widths[0] != widths[1]:
-        raise ValueError(f'{names[0]!r} and {names[1]!r} give {widths[0]} and {widths[1]} probabilities for the same vocabulary: KL needs as many of both')
+        raise ValueError(f'{names[0]!r} and {names[1]!r} give {widths[0]} and {widths[1]} '
+                         'probabilities for the same vocabulary: KL needs as many of both')
     first,second = (response_tokens(t, turns, contexts, min(map(_window, nets))) for t in tokenizers)
     if not first.equals(second):
-        raise ValueError(f'{names[0]!r} and {names[1]!r} write the same conversations in different tokens: KL needs the same tokenizer and chat template')
+        raise ValueError(f'{names[0]!r} and {names[1]!r} write the same conversations in '
+                         'different tokens: KL needs the same tokenizer and chat template')
     return first
 
 # %% ../nbs/api/11_diversity.ipynb #098f9563
@@ -298,8 +306,8 @@ def _pair_kl(names, models, turns, contexts, token_budget): # (2, turns): KL of 
                           leave=False):
             p,q = (_next_log_probabilities(net, tokens.iloc[batch]) for net in nets)
             sizes = tokens['completion_ids'].iloc[batch].map(len).tolist()
-            values[:, batch] = [[part.mean().item() for part in kl.split(sizes)] for kl in (token_kl(p, q),
-                                                                                            token_kl(q, p))]
+            values[:, batch] = [[part.mean().item() for part in kl.split(sizes)]
+                                for kl in (token_kl(p, q), token_kl(q, p))]
     return [_spread(v, tokens, turns, f'the pair {names[0]!r}, {names[1]!r}') for v in values]
 
 # %% ../nbs/api/11_diversity.ipynb #04f8e8ce

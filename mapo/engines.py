@@ -183,12 +183,11 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left', local_files_only=True,
                                               trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise ValueError(f"model {model.name!r}: {folder} has no chat template (chat_template.jinja): an agent needs "
-                         f"one "
-                         f"to be asked anything")
+        raise ValueError(f"model {model.name!r}: {folder} has no chat template "
+                         "(chat_template.jinja): an agent needs one to be asked anything")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model {model.name!r}: its tokenizer names no end token (eos_token), so no answer would ever "
-                         f"end")
+        raise ValueError(f"model {model.name!r}: its tokenizer names no end "
+                         "token (eos_token), so no answer would ever end")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -263,8 +262,8 @@ def _check_placed(net, name, matrices):
     if lost := sorted(lora(matrices)-placed):
         raise ValueError(f'{len(lost)} of its {len(lora(matrices))} matrices have no place there, first {lost[0]}')
     if empty := sorted(placed-matrices):
-        raise ValueError(f'it lacks {len(empty)} of the {len(placed)} matrices that its settings call for, first '
-                         f'{empty[0]}')
+        raise ValueError(f'it lacks {len(empty)} of the {len(placed)} matrices '
+                         f'that its settings call for, first {empty[0]}')
 
 # %% ../nbs/api/03_engines.ipynb #c6cd34a3
 def save_model(
@@ -541,8 +540,8 @@ def _begin_faults(chat, context):
 def _generation_settings(model):
     folder = local_folder(model)
     if (folder/'generation_config.json').exists(): return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True,
-                                                                         trust_remote_code=False))
+    return GenerationConfig.from_model_config(
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 # %% ../nbs/api/03_engines.ipynb #4c798806
 def load_chat(
@@ -862,16 +861,15 @@ def load_reward_model(
         raise ValueError(f"model {model.name!r} is no reward model: {model.path} has no weights {', '.join(missing)}, "
                          f"which would be drawn at random: train one with mapo.training.train and the objective Reward")
     if net.config.num_labels != 1:
-        raise ValueError(f"model {model.name!r} gives {net.config.num_labels} numbers per answer, a reward model gives "
-                         f"1")
+        raise ValueError(f"model {model.name!r} gives {net.config.num_labels} "
+                         "numbers per answer, a reward model gives 1")
     return net.to(device_for(device)).eval(), tokenizer
 
 # %% ../nbs/api/03_engines.ipynb #dafea01e
 def _classifier(model, **settings): # with the names of the weights it lacks
     if model.adapter:
-        raise ValueError(f'model {model.name!r} has a LoRA adapter: a reward model is read whole, merge the adapter '
-                         f'into '
-                         f'its weights first')
+        raise ValueError(f'model {model.name!r} has a LoRA adapter: a reward model '
+                         'is read whole, merge the adapter into its weights first')
     tokenizer,before = load_tokenizer(model),transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try: net,info = _weights(AutoModelForSequenceClassification, model, output_loading_info=True, **settings)
@@ -889,9 +887,8 @@ def new_reward_model(
     net,tokenizer,missing = _classifier(model, num_labels=1)
     lost = [name for name in missing if name.startswith(net.base_model_prefix+'.')]
     if lost:
-        raise ValueError(f"model {model.name!r}: {model.path} lacks {len(lost)} of its weights, first {lost[0]}: only "
-                         f"a "
-                         f"score head may be missing")
+        raise ValueError(f"model {model.name!r}: {model.path} lacks {len(lost)} of its "
+                         f"weights, first {lost[0]}: only a score head may be missing")
     draw,deviation = torch.Generator().manual_seed(seed),getattr(net.config.get_text_config(), 'initializer_range', .02)
     for name in missing:
         net.get_parameter(name).data.copy_(deviation*torch.randn(net.get_parameter(name).shape, generator=draw))
@@ -902,10 +899,8 @@ def is_reward_model(
     model:Model, # any model
 )->bool:
     "Does a checkpoint say that it classifies sequences, rather than that it writes them?"
-    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(local_folder(model),
-                                                                                 local_files_only=True,
-                                                                                 trust_remote_code=False).architectures
-               or [])
+    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(
+        local_folder(model), local_files_only=True, trust_remote_code=False).architectures or [])
 
 # %% ../nbs/api/03_engines.ipynb #13daf225
 def conversation_ids(

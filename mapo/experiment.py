@@ -304,8 +304,8 @@ def compute(
     if not distinct: raise ValueError(f'{e.name}: seeds must be distinct whole numbers, at least one, not {seeds}')
     wanted = e.choose(arms)
     problems = run.stage(make_problems, **s.problem_set())
-    return [step for arm, seed in run.arms(wanted, seeds) for step in e.method(run, arm.settings(s), arm, seed,
-                                                                               problems, split)]
+    return [step for arm, seed in run.arms(wanted, seeds)
+            for step in e.method(run, arm.settings(s), arm, seed, problems, split)]
 
 # %% ../nbs/api/19_experiment.ipynb #a503fb11
 def experiment(
@@ -384,8 +384,8 @@ def after_debate(
     "A team that debates: is the answer right that most seats give in the last round?"
     turns,scores = step.measured['evaluate']
     said = scored(turns, scores)
-    last = said[said['round'] == said['round'].max()].assign(agent='team', sample=lambda t: t['seat'], greedy=False,
-                                                             **step.at())
+    last = said[said['round'] == said['round'].max()].assign(
+        agent='team', sample=lambda t: t['seat'], greedy=False, **step.at())
     rows = compact(last[['arm', 'seed', 'iteration', 'agent', 'problem_id', 'sample', 'answer', 'correct', 'greedy']])
     return rows.assign(n=1, c=rows['maj'].astype(int), greedy=float('nan'))
 
@@ -420,8 +420,8 @@ def gathered(
     "One table of what all learners learnt from, what was left out, or how their trainings went."
     found = [(step, f) for step in steps for f in step.fits if objective in ('', f.objective)
              and f.objective != 'reward' and (table == 'counts' or f.training)]
-    tables = [(f.training if table == 'log' else f.data).read(table).assign(**step.at(), agent=f.learner,
-                                                                            method=f.objective) for step, f in found]
+    tables = [(f.training if table == 'log'
+               else f.data).read(table).assign(**step.at(), agent=f.learner, method=f.objective) for step, f in found]
     return pd.concat(tables or [pd.DataFrame(columns=['arm', 'seed', 'iteration', 'agent', 'method', 'part', 'fate',
                                                       'count'])], ignore_index=True)
 
@@ -478,7 +478,8 @@ def seeds_vary(
 )->str: # a sentence
     "What a seed varies, for the note below a table."
     anew = sorted(seeds & {*getattr(s, 'retrain', ())})
-    also = f"; seeds {', '.join(map(str, anew))} also begin with agents trained from scratch." if anew else ', from the same first agents.'
+    also = (f"; seeds {', '.join(map(str, anew))} also begin with agents trained from scratch." if anew
+            else ', from the same first agents.')
     return 'Each seed samples, chooses and trains anew' + also
 
 # %% ../nbs/api/19_experiment.ipynb #255d070f

@@ -220,17 +220,14 @@ CORE = ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'star_ma', 'star_ma_vo
 _SOLVE = ('Work on this problem in five steps: note the key facts, say what is asked, plan, carry the plan out, then '
           'conclude and check the result. '
           'Close with a line "Final answer: " followed by the answer alone.\n\n{question}')
-_VERIFY = ('Somebody solved the problem below. Go through the solution step by step and say what is right and what is '
-           'wrong in it. '
-           'Close with two lines: "Verdict: correct" or "Verdict: incorrect", and "Final answer: " followed by the '
-           'answer that you think is right.\n\n'
-           'Problem:\n{question}\n\nSolution:\n{generator}')
-_REFINE = ('You are an expert who improves solutions with the help of feedback. Use what is right in the solution and '
-           'in '
-           'the feedback, mend what is wrong, and write a full solution. '
-           'Close with a line "Final answer: " followed by the answer '
-           'alone.\n\nProblem:\n{question}\n\nSolution:\n{generator}\n\nFeedback:\n{verifier}')
-_CRITIC = 'These are the answers of others to the same problem:\n\n{others}Use them as advice, solve the problem again, and close with a line "Final answer: " followed by the answer alone.'
+_VERIFY = ('Somebody solved the problem below. Go through the solution step by step and say what is right and what '
+           'is wrong in it. Close with two lines: "Verdict: correct" or "Verdict: incorrect", and "Final answer: " '
+           'followed by the answer that you think is right.\n\nProblem:\n{question}\n\nSolution:\n{generator}')
+_REFINE = ('You are an expert who improves solutions with the help of feedback. Use what is right in the solution '
+           'and in the feedback, mend what is wrong, and write a full solution. Close with a line "Final answer: " '
+           'followed by the answer alone.\n\nProblem:\n{question}\n\nSolution:\n{generator}\n\nFeedback:\n{verifier}')
+_CRITIC = ('These are the answers of others to the same problem:\n\n{others}Use them as advice, solve '
+           'the problem again, and close with a line "Final answer: " followed by the answer alone.')
 
 _WORDS = dict(engine='auto', generator_prompt=_SOLVE, verifier_prompt=_VERIFY, refiner_prompt=_REFINE,
               critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
@@ -260,8 +257,8 @@ STATED = pd.DataFrame([
      'generator_dpo = False; True for paper_qwen'),
     ('verifier, refiner', 'SFT, then DPO against the SFT model', 'the same'),
     ('beta', '0.2', '0.2'),
-    ('adapters', 'LoRA for SFT and DPO; rank, alpha and modules not stated; an "adapter weight" of 0.2 that is not '
-                 'explained', 'rank 16, ours'),
+    ('adapters', 'LoRA for SFT and DPO; rank, alpha and modules not stated; an '
+                 '"adapter weight" of 0.2 that is not explained', 'rank 16, ours'),
     ('learning rates', 'a "learning-rate multiplier" of 0.1; no absolute rate', 'SFT 1e-5, DPO 1e-6, ours'),
     ('epochs', '1 to 10, by data size', '2 (SFT), 1 (DPO), ours'),
     ('pairs', 'about 2k to 6k per model and benchmark',
@@ -353,8 +350,8 @@ def answers(run:Run, s:Malt, arm:ChainArm, team:Team, problems:Artifact, split:s
 def discuss(run:Run, s:Malt, model:Model, how:dict)->Artifact:
     "Untrained generators answer, and see each other's answers in later rounds (Du et al., 2023)."
     seats = lambda role: Team('debate', [Agent(f'{role.name}-{i+1}', model, role) for i in range(s.debaters)])
-    generators,critics = seats(Role('generator', s.generator_prompt)),seats(Role('critic', s.critic_prompt,
-                                                                                 quote=s.quote))
+    generators = seats(Role('generator', s.generator_prompt))
+    critics = seats(Role('critic', s.critic_prompt, quote=s.quote))
     return run.stage(debate, generators=generators, critics=critics, summarizer=None, rounds=s.rounds, **how)
 
 # %% ../nbs/api/22_malt.ipynb #aea42e6c
@@ -388,7 +385,8 @@ def other_critiques(
     "Critiques that the verifier did not write about these answers."
     rows,texts,r = np.flatnonzero(turns['role']
                                   == V),turns['text'].to_numpy(object, copy=True),random.Random(f'critiques/{seed}')
-    before,asked = turns.iloc[parent_rows(turns)[rows]],problems.set_index('problem_id').loc[turns['problem_id'].iloc[rows]]
+    before = turns.iloc[parent_rows(turns)[rows]]
+    asked = problems.set_index('problem_id').loc[turns['problem_id'].iloc[rows]]
     if told == 'shuffled':
         order = rows[np.lexsort((seeded_draw(before['problem_id'], seed), before['sample']))]
         texts[order] = np.roll(texts[order], 1)
@@ -415,8 +413,8 @@ def critique(
         judged = steps.groups() if steps else ('',)*5 if right else solve(operands, FLAWLESS, r)
         tries = (verified(operands, judged, r, *((0, 0) if right else (1, 1)))[1] for _ in range(100))
         return next((text for text in tries if same(text) == right), f'<right>#### {int(gold)+1}')
-    answer = gold if right else next(a for a in ('A', 'B')
-                                     if a != gold) if kind == 'choice' else f'{gold}+1' if kind == 'math' else f'{float(gold.replace(",", ""))+1:g}'
+    answer = (gold if right else next(a for a in ('A', 'B') if a != gold) if kind == 'choice' else f'{gold}+1'
+              if kind == 'math' else f'{float(gold.replace(",", ""))+1:g}')
     return f"Verdict: {'correct' if same(solution or '') == right else 'incorrect'}\nFinal answer: {answer}"
 
 # %% ../nbs/api/22_malt.ipynb #c85ceb1a
@@ -455,8 +453,8 @@ def word_problems(
         text = ' '.join([story, more, asked] if harder
                         else [story, question]).format(who=r.choice(['Mira', 'Tomas', 'Ayo', 'Lin', 'Ruth']), **numbers)
         rows[text] = str((then if harder else answer)(**numbers))
-    table = pd.DataFrame(dict(question=list(rows), answer=list(rows.values())))[::2 if split == 'dev'
-                                                                                else -2].head(n).reset_index(drop=True)
+    table = pd.DataFrame(dict(question=list(rows),
+                              answer=list(rows.values())))[::2 if split == 'dev' else -2].head(n).reset_index(drop=True)
     return table.assign(problem_id=[f'templates/{split}/{i}' for i in table.index], solution='', kind='number',
                         split=split, source='templates' + ', one step more'*harder)
 
@@ -498,8 +496,8 @@ def answers_by_turn(
                              answer=turns['answer'].to_numpy(object)[source],
                              correct=turns['correct'].to_numpy()[source]))
     passes = rows.loc[rows['role'] == chain[0], ['problem_id', 'sample']]
-    whole = passes.merge(pd.DataFrame(dict(role=chain)), how='cross').merge(rows, how='left',
-                                                                            on=['problem_id', 'sample', 'role'])
+    whole = passes.merge(pd.DataFrame(dict(role=chain)),
+                         how='cross').merge(rows, how='left', on=['problem_id', 'sample', 'role'])
     return whole.assign(correct=whole['correct'].fillna(0.), borrowed=whole['borrowed'].eq(True))
 
 # %% ../nbs/api/22_malt.ipynb #c5f5e5c6
@@ -511,8 +509,8 @@ def final_answers(
     turns = readable(step, purpose)
     if step.arm.chain: last = answers_by_turn(turns, step.arm.chain).query('role == @step.arm.chain[-1]')
     else: last = turns[turns['round'] == turns['round'].max()].assign(sample=lambda t: t['seat'])
-    return last.assign(answer=canonical_answers(last, step.problems.read('problems')))[['problem_id', 'sample',
-                                                                                        'answer', 'correct']]
+    return last.assign(answer=canonical_answers(last, step.problems.read('problems')))[
+        ['problem_id', 'sample', 'answer', 'correct']]
 
 def readable(step:Step, purpose:str='evaluate')->pd.DataFrame: # turns with `answer` and `correct`
     "An arm's graded conversations."
@@ -560,8 +558,8 @@ def flip_rows(
                                                         values='correct') > .5
     word = lambda hits: np.where(hits, 'right', 'wrong')
     kinds = pd.Series(word(wide[chain[0]]), wide.index) + ' to ' + word(wide[chain[-1]])
-    counts = pd.crosstab(kinds.index.get_level_values('problem_id'), kinds.to_numpy()).reindex(columns=FLIPS,
-                                                                                               fill_value=0)
+    counts = pd.crosstab(kinds.index.get_level_values('problem_id'),
+                         kinds.to_numpy()).reindex(columns=FLIPS, fill_value=0)
     table = counts.rename_axis(index='problem_id', columns='flip').stack().rename('c').reset_index()
     return table.assign(n=table['problem_id'].map(counts.sum(axis=1)), **step.at(), agent='team', greedy=np.nan)
 
@@ -679,8 +677,8 @@ CLAIMS = [
          refuted_if='it is below itself with a role untrained',
          tests=[['malt', 'no_generator'], ['malt', 'no_verifier'], ['malt', 'no_refiner']]),
     dict(claim='Every role is needed',
-         paper='G, G+V, G+R: GSM8K 84.75, 88.75, 84.75; MATH 54.00, 55.75, 54.75 (Table 5; how G+V is read is not '
-               'described)',
+         paper='G, G+V, G+R: GSM8K 84.75, 88.75, 84.75; MATH 54.00, '
+               '55.75, 54.75 (Table 5; how G+V is read is not described)',
          refuted_if='it is below itself with a role left out',
          tests=[['malt', 'g_only'], ['malt', 'gv'], ['malt', 'gr']],
          tiny='no role was trained on what these arms show or ask of it: a refiner reads an empty critique, a '

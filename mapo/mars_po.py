@@ -241,8 +241,8 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
 def ranked_by(s:MarsPO, ranker:Fit|None): # a `Model`, or None where positives are not ranked
     "The reward model that ranks positives: the given one, or the one that was trained."
     if s.order != 'reward': return None
-    return trained(licensed('reward', s.reward_init), ranker.training) if ranker else licensed('reward', s.reward_model,
-                                                                                               s.dtype)
+    if ranker: return trained(licensed('reward', s.reward_init), ranker.training)
+    return licensed('reward', s.reward_model, s.dtype)
 
 # %% ../nbs/api/20_mars_po.ipynb #1b44d5e4
 def _graded(run, s, graded, seed): # the grades that the method may see
@@ -396,8 +396,8 @@ def _by_source(found, taken): # weighted candidates and those taken, a row per s
     weight = taken.groupby(found.problem_id).transform('mean')
     sums = pd.DataFrame(dict(source_agent=found.agent, candidates=weight, selected=taken.astype(float),
                              candidate_tokens=weight*found.completion_tokens,
-                             selected_tokens=taken*found.completion_tokens)).groupby('source_agent',
-                                                                                     as_index=False).sum()
+                             selected_tokens=taken*found.completion_tokens)).groupby(
+        'source_agent', as_index=False).sum()
     sums['candidate_tokens'] /= sums['candidates']
     sums['selected_tokens'] /= sums['selected'].where(sums['selected'] > 0)
     return sums.astype(dict(selected=int))

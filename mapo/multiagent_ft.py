@@ -202,20 +202,16 @@ CORE = ('base', 'majority', 'debate', 'majority_ft', 'single_agent', 'multiagent
 # %% ../nbs/api/21_multiagent_ft.ipynb #96d4abc8
 _WORDS = dict(engine='auto',
     prompt='{question}\n\nReason step by step, briefly, and end with the final answer in \\boxed{{}}.',
-    critic_prompt='This is how others answered:\n\n{others}Take what helps from their reasoning, solve the problem '
-                  'again '
-                  'step by step, and end with the final answer in \\boxed{{}}.',
-    reader_prompt='This is a summary of how others answered:\n\n{summary}\n\nTake what helps from it, solve the '
-                  'problem '
-                  'again step by step, and end with the final answer in \\boxed{{}}.',
-    summarizer_prompt='Several people answered a question.\n\nQuestion: {question}\n\n{others}Sum up which answers '
-                      'they '
-                      'gave and how each of them was reached.',
+    critic_prompt='This is how others answered:\n\n{others}Take what helps from their reasoning, solve '
+                  'the problem again step by step, and end with the final answer in \\boxed{{}}.',
+    reader_prompt='This is a summary of how others answered:\n\n{summary}\n\nTake what helps from it, '
+                  'solve the problem again step by step, and end with the final answer in \\boxed{{}}.',
+    summarizer_prompt='Several people answered a question.\n\nQuestion: {question}\n\n{others}Sum '
+                      'up which answers they gave and how each of them was reached.',
     judge_prompt='Somebody else answered differently:\n\n{others}One of you may be wrong. Check both answers step by '
                  'step, and end with the one that is right in \\boxed{{}}.',
-    cooperative_prompt='These are the drafts of your group, yours among them:\n\n{drafts}Build on them: put together '
-                       'one '
-                       'complete solution, and end with the final answer in \\boxed{{}}.',
+    cooperative_prompt='These are the drafts of your group, yours among them:\n\n{drafts}Build on them: '
+                       'put together one complete solution, and end with the final answer in \\boxed{{}}.',
     quote='One answer:\n```\n{answer}\n```\n\n',
     unique_ids='You are {kind}{seat}, one of several who work on this problem.\n\n')
 
@@ -392,8 +388,9 @@ def crowd(s:MultiagentFT, team:Speakers)->Speakers:
 # %% ../nbs/api/21_multiagent_ft.ipynb #2c3642f6
 def judges(s:MultiagentFT, team:Speakers)->Team:
     "The critics, told to compare."
-    return replace(team.critics, agents=tuple(replace(c, role=Role('judge', (s.unique_ids.format(kind='CRIT',
-                                                                                                 seat=i+1))+s.judge_prompt, quote=s.quote)) for i, c in enumerate(team.critics)))
+    return replace(team.critics, agents=tuple(
+        replace(c, role=Role('judge', (s.unique_ids.format(kind='CRIT', seat=i+1))+s.judge_prompt, quote=s.quote))
+        for i, c in enumerate(team.critics)))
 
 def disputes(
     turns:pd.DataFrame,    # a debate's, with `answer`
@@ -404,17 +401,16 @@ def disputes(
     first = first.assign(answer=canonical_answers(first, problems))[['problem_id', 'turn_id', 'seat', 'answer']]
     both = first.merge(first, on='problem_id', suffixes=('', '_other'))
     both = both[both['answer'] != both['answer_other']]
-    return both.rename(columns=dict(turn_id='first', turn_id_other='second'))[['problem_id', 'first', 'second', 'seat',
-                                                                               'seat_other', 'answer',
-                                                                               'answer_other']].reset_index(drop=True)
+    return both.rename(columns=dict(turn_id='first', turn_id_other='second'))[
+        ['problem_id', 'first', 'second', 'seat', 'seat_other', 'answer', 'answer_other']].reset_index(drop=True)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #576cffdc
 def preferences(
     judged:pd.DataFrame, # `first, second, verdict`: the id of the turn that was preferred, None where neither was; each pair in both orders
 )->pd.Series: # turn id -> share of consistent comparisons won
     "What judgements say about each turn that was compared."
-    table = judged.assign(pair=[tuple(sorted(p)) for p in zip(judged['first'],
-                                                              judged['second'])]).dropna(subset='verdict')
+    table = judged.assign(pair=[tuple(sorted(p))
+                                for p in zip(judged['first'], judged['second'])]).dropna(subset='verdict')
     alike = table.groupby('pair')['verdict'].agg(['nunique', 'size', 'first']).query('nunique == 1 and size == 2')
     won = pd.DataFrame([(t, float(t == row['first'])) for pair, row in alike.iterrows() for t in pair],
                        columns=['turn_id', 'won'])
@@ -638,10 +634,9 @@ SAME = ('base', 'majority') # arms that only read the debates of `debate` in ano
 def transfer_set(run:Run, s:MultiagentFT)->Artifact:
     "Problems of another kind, all of them for testing."
     generated = s.transfer == 'arithmetic'
-    return run.stage(make_problems, **s.problem_set() | dict(source=s.transfer, low=s.transfer_low,
-                                                             n_train=0 if generated else 1, n_dev=0,
-                                                             n_test=s.n_transfer,
-                                                       seed=s.problem_seed+1))
+    return run.stage(make_problems,
+                     **s.problem_set() | dict(source=s.transfer, low=s.transfer_low, n_train=0 if generated else 1,
+                                              n_dev=0, n_test=s.n_transfer, seed=s.problem_seed+1))
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #5edd19ff
 def beyond(run:Run, s:MultiagentFT, steps:list)->dict: # `diversity`: a step and its artifact; `transfer`: steps measured on other problems
@@ -724,10 +719,8 @@ def _conversations(steps, n=2): # a few evaluated problems of the first seed, as
             and step.seed == steps[0].seed}
     turns,contexts = zip(*[_conversation(step, n) for step in last.values()]) if last else ([], [])
     shown = dict(shown_turns=turns, shown_contexts=contexts)
-    return {f'{name}.parquet': pd.concat(parts, ignore_index=True).drop_duplicates(('context_id'
-                                                                                    if name == 'shown_contexts'
-                                                                                    else ['arm', 'turn_id']))
-            for name, parts in shown.items() if parts}
+    return {f'{name}.parquet': pd.concat(parts, ignore_index=True).drop_duplicates(
+        ('context_id' if name == 'shown_contexts' else ['arm', 'turn_id'])) for name, parts in shown.items() if parts}
 
 def _conversation(step, n): # of problems on which agents are of two minds
     said = step.measured['turns'].read('turns')

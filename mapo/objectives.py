@@ -63,7 +63,8 @@ class Objective:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size: raise ValueError(
             f'{name}: micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}')
         if self.quantized and not self.lora_rank:
-            raise ValueError(f'{name}: quantized keeps the weights in 4 bits, which cannot be trained: set lora_rank to train an adapter on them')
+            raise ValueError(f'{name}: quantized keeps the weights in 4 bits, which cannot '
+                             'be trained: set lora_rank to train an adapter on them')
 
 # %% ../nbs/api/08_objectives.ipynb #fbe07494
 @dataclass(frozen=True)
@@ -128,12 +129,10 @@ class Launch:
 
     def __post_init__(self):
         if self.strategy not in ('', 'ddp', 'fsdp', 'zero3'):
-            raise ValueError(f"Launch: there is no strategy {self.strategy!r}: there are 'ddp', 'fsdp' and 'zero3', "
-                             f"and "
-                             f"'' for this process")
+            raise ValueError(f"Launch: there is no strategy {self.strategy!r}: there "
+                             "are 'ddp', 'fsdp' and 'zero3', and '' for this process")
         if self.processes < 1: raise ValueError(f'Launch: processes must be 1 or more, not {self.processes}')
         if self.processes > 1 and not self.strategy:
-            raise ValueError(f"Launch: {self.processes} processes need a strategy ('ddp', 'fsdp' or 'zero3'): '' "
-                             f"trains "
-                             f"in this process alone")
+            raise ValueError(f"Launch: {self.processes} processes need a strategy ('ddp', "
+                             "'fsdp' or 'zero3'): '' trains in this process alone")
         if not 0 <= self.port < 65536: raise ValueError(f'Launch: port must be from 0 to 65535, not {self.port}')

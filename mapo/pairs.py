@@ -88,8 +88,8 @@ def ledger(
     fates:dict, # counts by fate
 )->pd.DataFrame: # `part, fate, count`
     "The fates of one part as a table."
-    return pd.DataFrame(dict(part=part, fate=list(fates), count=list(fates.values()))).astype({'fate': 'str',
-                                                                                               'count': 'int64'})
+    return pd.DataFrame(dict(part=part, fate=list(fates),
+                             count=list(fates.values()))).astype({'fate': 'str', 'count': 'int64'})
 
 # %% ../nbs/api/07_pairs.ipynb #3cecd58a
 BLOCK = 2**14 # texts that are Python objects at one time
@@ -222,9 +222,8 @@ def _prompts(context_ids, contexts): # a Series of conversations; null where the
 
 # %% ../nbs/api/07_pairs.ipynb #8f609b46
 def _conversations(messages): # of any pandas type, as Arrow
-    return _whole(pa.array(messages)).cast(MESSAGES) if isinstance(messages.dtype,
-                                                                   pd.ArrowDtype) else pa.array(messages.tolist(),
-                                                                                                type=MESSAGES)
+    if isinstance(messages.dtype, pd.ArrowDtype): return _whole(pa.array(messages)).cast(MESSAGES)
+    return pa.array(messages.tolist(), type=MESSAGES)
 
 def _whole(array): return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 

@@ -61,9 +61,8 @@ def count_parameters(
 )->int: # $P$
     "Parameters of a Llama, Mistral, Phi-3 or Qwen2 model, counted from its configuration."
     if config.get('model_type') not in ('llama', 'mistral', 'phi3', 'qwen2'):
-        raise ValueError(f"the parameters of a {config.get('model_type')!r} model are counted from its weights: "
-                         f"download "
-                         f"them first")
+        raise ValueError(f"the parameters of a {config.get('model_type')!r} model "
+                         "are counted from its weights: download them first")
     V,h,f,L,a,k,d = (_named(config)[name] for name in ('vocabulary', 'hidden', 'intermediate', 'layers', 'heads',
                                                        'kv_heads', 'head_dim'))
     biases = d*(a+2*k) if config['model_type'] == 'qwen2' else 0
@@ -112,7 +111,8 @@ def stored_parameters(
     "Parameters in the safetensors files of a folder, from their headers alone."
     from safetensors import safe_open
     index = folder/'model.safetensors.index.json'
-    names = sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists() else sorted(p.name for p in folder.glob('*.safetensors'))
+    names = (sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists()
+             else sorted(p.name for p in folder.glob('*.safetensors')))
     total = 0
     for name in names:
         if not (folder/name).exists():
@@ -339,9 +339,11 @@ class Served:
         "What no memory would mend."
         heads,t,able = self.size.heads,self.tensor_parallel,[1, *_tensor_parallel(self.size, self.tensor_parallel)]
         if t not in able:
-            return f"tensor_parallel={t} does not divide its {heads} attention heads and {self.size.kv_heads} of keys and values: {', '.join(map(str, able))} would"
+            return (f"tensor_parallel={t} does not divide its {heads} attention heads and "
+                    f"{self.size.kv_heads} of keys and values: {', '.join(map(str, able))} would")
         if t > 1 and not self.vllm(on): return f'tensor_parallel={t} needs the engine vllm'
-        return '' if self.gpus <= on.gpus else f'it asks for {self.gpus} GPUs (tensor_parallel={t}, data_parallel={self.data_parallel}), and the machine has {on.gpus}'
+        return ('' if self.gpus <= on.gpus else f'it asks for {self.gpus} GPUs (tensor_parallel={t}, '
+                                                f'data_parallel={self.data_parallel}), and the machine has {on.gpus}')
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."
@@ -394,7 +396,8 @@ class Answering(Served):
     def seconds(self, on:Machine)->float:
         "How long it takes."
         n,context,compute = self.rows(on),self.prompt + self.answer/2,self.tensor_parallel*on.flops*on.reached(PREFILL)
-        steps = self.answers*self.answer/self.data_parallel/n if self.vllm(on) else math.ceil(self.answers/self.data_parallel/n)*self.answer
+        steps = (self.answers*self.answer/self.data_parallel/n if self.vllm(on)
+                 else math.ceil(self.answers/self.data_parallel/n)*self.answer)
         moved = number_bytes(self.dtype)*self.size.parameters + n*context*self.size.cache(self.dtype)
         step = max(n*self.size.flops(context)/compute, moved/(self.tensor_parallel*on.bandwidth*on.reached(STREAMING)),
                    0 if self.vllm(on) else on.layer*self.size.layers)
@@ -479,8 +482,8 @@ class Learning:
 
     def memory(self, on:Machine)->Memory:
         "What a GPU holds."
-        shards,base = self.gpus if self.launch in SHARDED else 1,frozen_bytes(self.size, self.dtype,
-                                                                              self.quantized) if self.lora_rank else 0
+        shards = self.gpus if self.launch in SHARDED else 1
+        base = frozen_bytes(self.size, self.dtype, self.quantized) if self.lora_rank else 0
         layer = max((self.size.parameters - self.size.vocabulary*self.size.hidden)/self.size.layers,
                     self.size.vocabulary*self.size.hidden)
         together = 2*COPY*layer if self.launch in SHARDED else COPY*self.trained
@@ -491,13 +494,14 @@ class Learning:
     def kept(self)->int: # bytes
         "What the backward pass needs."
         tokens = self.rows*self.texts*self.longest
-        return kept_bytes(replace(self.size, layers=1),
-                          tokens) + COPY*tokens*self.size.layers*self.size.hidden if self.gradient_checkpointing else kept_bytes(self.size, tokens)
+        return (kept_bytes(replace(self.size, layers=1), tokens) + COPY*tokens*self.size.layers*self.size.hidden
+                if self.gradient_checkpointing else kept_bytes(self.size, tokens))
 
     def seconds(self, on:Machine)->float:
         "How long it takes."
         flops,passes = self.size.flops(self.length/2),(2 if self.lora_rank else 3) + self.gradient_checkpointing
-        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(self.gpus*on.flops*on.reached(TRAINING))
+        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(
+            self.gpus*on.flops*on.reached(TRAINING))
         python = 3*self.updates*math.ceil(self.batch_size/self.gpus/self.rows)*on.layer*self.size.layers
         read = self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
         return (2 if self.reference
@@ -506,11 +510,14 @@ class Learning:
     def wrong(self, on:Machine)->str: # '' where nothing is
         "What no memory would mend."
         if self.gpus > on.gpus:
-            return f'it asks for {self.gpus} GPUs (launch={self.launch}, processes={self.processes}), and the machine has {on.gpus}'
+            return (f'it asks for {self.gpus} GPUs (launch={self.launch}, '
+                    f'processes={self.processes}), and the machine has {on.gpus}')
         if self.quantized and self.launch in SHARDED:
-            return f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes'
+            return (
+                f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes')
         each = self.micro_batch_size or 1
-        return f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}' + (f' that compute {each} at once' if each > 1 else '') if self.batch_size % (each*self.gpus) else ''
+        return (f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}' + (
+            f' that compute {each} at once' if each > 1 else '') if self.batch_size % (each*self.gpus) else '')
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."
@@ -585,7 +592,8 @@ def count_problems(
              for half in ('train', 'test')}
     for half, wanted in dict(train=asked['n_train']+asked['n_dev'], test=asked['n_test']).items():
         if wanted > there[half]:
-            raise ValueError(f"{wanted} {half} problems were asked for, but {asked['source']} has {there[half]}: ask for fewer")
+            raise ValueError(f"{wanted} {half} problems were asked for, but "
+                             f"{asked['source']} has {there[half]}: ask for fewer")
     return asked[f'n_{split}'] or there[split] - (asked['n_dev'] if split == 'train' else 0)
 
 # %% ../nbs/api/23_plan.ipynb #aaf2c774
@@ -595,8 +603,8 @@ def _stored(source, split, data): # problems of one half of one benchmark
         f"there is no problem source {source!r}: there are arithmetic, {', '.join(BENCHMARKS)}, math:1-3 for levels of "
         f"MATH, and sums such as gsm8k+math")
     if not data: return sum(LEVELS[split][int(levels[0])-1:int(levels[-1])]) if levels else BENCHMARKS[name][split]
-    folder,file = Path(data)/name if (Path(data)/name).is_dir() else Path(data),dict(commonsense_qa=dict(test='dev'),
-                                                                                     mmlu=dict(train='dev')).get(name, {}).get(split, split)
+    folder = Path(data)/name if (Path(data)/name).is_dir() else Path(data)
+    file = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split)
     if not (folder/f'{file}.jsonl').exists():
         raise FileNotFoundError(f'{folder} has no {file}.jsonl, from which the {name} problems were to come')
     with open(folder/f'{file}.jsonl', encoding='utf-8') as f: return sum(1 for line in f if line.strip())
@@ -640,9 +648,8 @@ def _together(turns, key): # agents that share a model are asked together
 def _room(plan, model, max_tokens): # tokens of the longest prompt
     window = plan.sizes(model).window
     if window and window < plan.prompt_tokens+max_tokens: raise ValueError(
-        f"model {plan.origin(model).path!r} has a window of {window} tokens: max_tokens={max_tokens} leaves no room "
-        f"for "
-        f"a prompt of {plan.prompt_tokens}")
+        f"model {plan.origin(model).path!r} has a window of {window} tokens: "
+        f"max_tokens={max_tokens} leaves no room for a prompt of {plan.prompt_tokens}")
     return window-max_tokens if window else None
 
 # %% ../nbs/api/23_plan.ipynb #ef8a39bd
@@ -690,7 +697,8 @@ def sampling_rows(
     return [_sampling_row(stage, plan, a, b) for a, b in zip(most, mean)]
 
 def _sampling_row(stage, plan, most, mean):
-    i,size,longest,chunk = stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,stage.inputs['answers']
+    i,size,longest,chunk = (stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,
+                            stage.inputs['answers'])
     served,width,answer = plan.serving,most.prompt+longest,plan.answer(longest)
     rows = max(1, min(chunk, most.answers, (served.get('token_budget') or BUDGET)//width))
     return dict(kind='sample', purpose=i.get('purpose', stage.stage.partition('_')[0]), iteration=i.get('iteration', 1),
@@ -729,9 +737,8 @@ def diversity_rows(
     rounds = [asked(debate, plan, n) for n in (debate.inputs['sampling'].max_tokens,
                                                plan.answer(debate.inputs['sampling'].max_tokens))]
     problems,seats = min(i['n'], rounds[0][0].requests),len(debate.inputs['generators'])
-    critics,trained = [m for a, m in i['models'].items() if a.startswith('crit')],{m for a, m in i['models'].items()
-                                                                                   if a.startswith('gen')
-                                                                                   and m != i['base']}
+    critics = [m for a, m in i['models'].items() if a.startswith('crit')]
+    trained = {m for a, m in i['models'].items() if a.startswith('gen') and m != i['base']}
     pairs = len(trained)*(len(trained)+1)//2
     found = []
     if debate.inputs['rounds'] > 1 and seats > 1:
@@ -851,8 +858,8 @@ class Plan:
         machine:Machine=None, # where it would run
         settings=None,     # of an experiment: how its models are served there, which is not how they would be here
     ):
-        self.serving = {name: getattr(settings, name) for name in ('engine', 'tensor_parallel', 'data_parallel',
-                                                                   'token_budget')} if settings else {}
+        self.serving = {name: getattr(settings, name)
+                        for name in ('engine', 'tensor_parallel', 'data_parallel', 'token_budget')} if settings else {}
         self.name,self.prompt_tokens,self.answer_tokens,self.machine = name,prompt_tokens,answer_tokens,machine
         self.planned,self.asked,self._sizes,self._rows = {},{},{},[]
         self.steps,self._place = [],('', 0)
@@ -890,9 +897,8 @@ class Plan:
         "The model that was there before any training: where `model` comes from."
         made = self.planned.get(str(Path(model.adapter or model.path).parent)) or self.planned.get(model.path)
         if made is None: return model
-        return self.origin(made.inputs['init']) if 'init' in made.inputs else Model(made.inputs['name'],
-                                                                                    f"tiny:{made.inputs['name']}",
-                                                                                    licence=model.licence)
+        if 'init' in made.inputs: return self.origin(made.inputs['init'])
+        return Model(made.inputs['name'], f"tiny:{made.inputs['name']}", licence=model.licence)
 
     def sizes(self, model:Model)->Sizes:
         "How large a model is; training does not change it."
@@ -903,10 +909,9 @@ class Plan:
     @property
     def table(self)->pd.DataFrame:
         "A row per stage and model that computes: counts, and bytes."
-        rows = [dict.fromkeys(_COUNTS, 0) | dict(room=None) | row | dict(asked=self.asked[row['key']],
-                                                                         model=_title(row['model']),
-                                                                         held=row['memory'][0], work=row['memory'][1],
-                                      memory=sum(row['memory'])) for row in self._rows]
+        rows = [dict.fromkeys(_COUNTS, 0) | dict(room=None) | row
+                | dict(asked=self.asked[row['key']], model=_title(row['model']), held=row['memory'][0],
+                       work=row['memory'][1], memory=sum(row['memory'])) for row in self._rows]
         return pd.DataFrame(rows, columns=['key', 'stage', 'kind', 'asked', 'purpose', 'iteration', 'model', *_COUNTS,
                                            'room', 'held', 'work', 'memory'])
 
@@ -927,10 +932,9 @@ CONDITIONS = { # what matters where a model's texts train others
     'Llama 3 licence': 'its texts may improve no other model than Llama 3 and its derivatives; whoever passes these on '
                        'adds the licence, shows "Built with Meta Llama 3" and begins '
                        'their names with "Llama 3"; services with over 700 million users a month ask Meta first',
-    'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence and shows "Built '
-                         'with Llama"; the name of a model trained '
-                         'on its texts begins with "Llama"; services with over 700 million users a month ask Meta '
-                         'first',
+    'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence '
+                         'and shows "Built with Llama"; the name of a model trained on its texts begins '
+                         'with "Llama"; services with over 700 million users a month ask Meta first',
     'Qwen licence': 'a model that is trained or improved with it or with what it puts out, and passed on, shows "Built '
                     'with Qwen" or "Improved using Qwen"; '
                     'services with over 100 million users a month ask Alibaba first'}
@@ -1018,9 +1022,8 @@ def _short(work, on): # the change, and a sentence
     change = next((c for c in work.changes(on) if fits(replace(work, **c), on)), {})
     larger = [name for name, (memory, *_) in GPUS.items()
               if fits(work, replace(on, memory=memory))] if on.name != 'here' else []
-    helps = ' '.join(f'{k}={v}' for k, v in change.items()) or (f'a larger GPU would fit: '
-                                                                f'{min(larger, key=lambda n: GPUS[n][0])}' if larger
-                                                                else '')
+    helps = (' '.join(f'{k}={v}' for k, v in change.items())
+             or (f'a larger GPU would fit: {min(larger, key=lambda n: GPUS[n][0])}' if larger else ''))
     return change, (f'{_gb(need)} a GPU, {_gb(need-there)} more than the {_gb(there)} of it that can be used; '
                     + (f'{helps} would fit' if change else helps or 'no setting known here would fit'))
 
@@ -1035,15 +1038,16 @@ def check_fit(
     together = _together_changed([s.change for s in found])
     every = all(s.change for s in found) and all(fits(replace(row['work'], **_known(row['work'], together)), on)
                                                  for row in plan._rows)
-    advice = f" Everything fits with {' '.join(f'-p {k}={v}' for k, v in together.items())}" if every else ' Together these do not fit every stage' if together else ''
+    advice = (f" Everything fits with {' '.join(f'-p {k}={v}' for k, v in together.items())}" if every
+              else ' Together these do not fit every stage' if together else '')
     named = lambda s: f"{s.stage} with {s.model}{f' (and {s.others} others)' if s.others else ''}"
     raise ValueError(f"{plan.name} does not fit on {on.name}. " + ' '.join(f'{named(s)}: {s.text}.' for s in found)
                      + advice)
 
 def _together_changed(changes): # of numbers the most demanding, which is the largest; of rows and tokens the smallest
     keys = dict.fromkeys(k for c in changes for k in c)
-    return {k: (min if k in ('micro_batch_size', 'token_budget', 'data_parallel') else max)(c[k] for c in changes
-                                                                                            if k in c) for k in keys}
+    return {k: (min if k in ('micro_batch_size', 'token_budget', 'data_parallel')
+                else max)(c[k] for c in changes if k in c) for k in keys}
 
 def _gb(n): return f'{n/1e9:,.0f} GB' if n >= 1e11 else f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e9:.3f} GB'
 
@@ -1093,7 +1097,8 @@ def machine_totals(
     return pd.DataFrame(said.items(), columns=['total', 'value'])
 
 def _span(hours):
-    return f'{hours:,.3g} hours' if hours >= 2 else f'{60*hours:.3g} minutes' if hours > 1/30 else f'{3600*hours:.3g} seconds'
+    if hours >= 2: return f'{hours:,.3g} hours'
+    return f'{60*hours:.3g} minutes' if hours > 1/30 else f'{3600*hours:.3g} seconds'
 
 def _disk(plan): # bytes
     t = plan.table
@@ -1114,7 +1119,8 @@ def machine_assumptions(
     t = plan.table
     graded = GRADED*t.loc[t.kind == 'sample', 'answers'].sum()/3600
     each = f'{on.memory/1e9:,.0f} GB, {on.flops/1e12:,.3g} TFLOP/s, {on.bandwidth/1e12:,.3g} TB/s'
-    return [f"{'Measured here' if on.name == 'here' else 'Each GPU has'}: {each}; {USABLE:.0%} of the memory can be used.",
+    return [f"{'Measured here' if on.name == 'here' else 'Each GPU has'}: "
+            f"{each}; {USABLE:.0%} of the memory can be used.",
             'What was measured is reached.' if on.name == 'here'
             else f'Of these peaks training reaches {TRAINING:.0%} (operations), reading {PREFILL:.0%} (operations) and '
                  f'writing {STREAMING:.0%} (bandwidth).',
@@ -1134,8 +1140,8 @@ GRADED = .004 # seconds an answer: a comparison of strings where that decides, e
 # %% ../nbs/api/23_plan.ipynb #f1970231
 def _by(table, *columns): # a row per group: how many stages, what they take together, and what the largest model holds
     columns,groups = [*columns],table.groupby([*columns], sort=False)
-    stages = table.drop_duplicates(['key', *columns]).groupby(columns, sort=False).asked.agg(distinct='size',
-                                                                                             asked_for='sum')
+    stages = table.drop_duplicates(['key', *columns]).groupby(columns, sort=False).asked.agg(
+        distinct='size', asked_for='sum')
     largest = table.loc[groups.memory.idxmax()].set_index(columns)[['held', 'work', 'memory']]/1e9
     return stages.join(groups[_COUNTS].sum()).join(largest).reset_index()
 
@@ -1213,24 +1219,22 @@ def assumptions(
     plan:Plan, # what it says about prompts
 )->list[str]: # a sentence each
     "What the numbers rest on."
-    answer = f'{plan.answer_tokens} on average, as somebody said' if plan.answer_tokens else 'all of its max_tokens: most are shorter'
-    return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer {answer}; who answers others '
-            f'is '
-            f'shown their texts, and as many tokens again to say what to do. '
-            'A run refuses a question that does not fit into the window beside an answer (longest prompt), and leaves '
-            'texts out of a conversation that does not.',
+    answer = (f'{plan.answer_tokens} on average, as somebody said' if plan.answer_tokens
+              else 'all of its max_tokens: most are shorter')
+    return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer '
+            f'{answer}; who answers others is shown their texts, and as many tokens again to '
+            'say what to do. A run refuses a question that does not fit into the window beside '
+            'an answer (longest prompt), and leaves texts out of a conversation that does not.',
             'Every agent finds something to learn from, where epochs count all that there can be; all first answers '
             'differ where they are judged; problems that leak between splits, which are left out, are counted.',
-            *([] if plan.machine else [f'One device holds one model at a time: sampling in batches of {BUDGET:,} '
-                                       f'tokens '
-                                       f'where token_budget is 0, training with micro_batch_size rows at once, or the '
-                                       f'whole batch where it is 0.']),
+            *([] if plan.machine else ['One device holds one model at a time: sampling in batches of '
+                                       f'{BUDGET:,} tokens where token_budget is 0, training with '
+                                       'micro_batch_size rows at once, or the whole batch where it is 0.']),
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), '
             f'rows of at most {MAX_LENGTH:,} tokens; a LoRA adapter leaves its base '
             'in the number format of sampling. Log-probabilities of the reference are computed before, once.',
-            'Trained weights are kept in float32. Texts, tables, and what the libraries themselves take are not '
-            'counted. '
-            'A GB is 10^9 bytes.']
+            'Trained weights are kept in float32. Texts, tables, and what the '
+            'libraries themselves take are not counted. A GB is 10^9 bytes.']
 
 # %% ../nbs/api/23_plan.ipynb #b5389555
 def describe(
@@ -1253,7 +1257,8 @@ def describe(
              *(_with_title(title, _list(make(plan))) for title, make in lists)]
     return Shown(''.join(p.html for p in parts), '\n\n'.join(p.text for p in parts))
 
-_NOTE = 'distinct: to be made; asked for: by all arms together. Tokens are at most these; memory is that of the largest model.'
+_NOTE = ('distinct: to be made; asked for: by all arms together. Tokens '
+         'are at most these; memory is that of the largest model.')
 
 def _with_title(title, shown): return Shown(f'<p><b>{title}</b></p>{shown.html}', f'{title}\n{shown.text}')
 

@@ -81,8 +81,8 @@ def arithmetic(
     for i, (split, n) in enumerate(zip(SPLITS, (n_train, n_dev, n_test))):
         found = list(islice(_expressions(form, low, high, split, np.random.default_rng([seed, i])), n))
         if len(found) < n:
-            raise ValueError(f'{form} over {low}..{high} has too few distinct problems: {n} {split} problems were asked for, '
-                             f'{len(found)} exist; widen the range, lengthen the form or ask for fewer')
+            raise ValueError(f'{form} over {low}..{high} has too few distinct problems: {n} {split} problems were '
+                             f'asked for, {len(found)} exist; widen the range, lengthen the form or ask for fewer')
         rows += [dict(problem_id=f'arithmetic/{text}', question=question.format(expression=text), answer=str(value),
                       solution='',
                       kind='number', split=split, source=f'arithmetic {form} {low}..{high}') for text, value in found]
@@ -159,12 +159,14 @@ def _hub_rows(hub, config, split):
     try: return load_dataset(repo, config, split=split, revision=revision)
     except (OSError, ValueError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ConnectionError(f'{hub} split {split!r} cannot be loaded from the hub ({reason}): give path= with a local JSON-lines file instead') from None
+        raise ConnectionError(f'{hub} split {split!r} cannot be loaded from the hub ({reason}): '
+                              'give path= with a local JSON-lines file instead') from None
 
 # %% ../nbs/api/00_problems.ipynb #a7657b65
 def _load(name, split, hub_split, path, hub, convert, configs=(None,)):
     if path:
-        source = f"{Path(path).name}@{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}" if Path(path).is_file() else ''
+        source = (f"{Path(path).name}@{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}"
+                  if Path(path).is_file() else '')
         found = read_jsonl(path, convert)
     else:
         source, rows = hub, (row for config in configs for row in _hub_rows(hub, config, hub_split))
@@ -243,7 +245,8 @@ def math_problems(
     "MATH's competition problems."
     table = _load('math', split, _known_split('math_problems', split, dict(train='train', test='test')), path, hub,
                   _levelled_row if levels else _math_row, _SUBJECTS)
-    return table[table['level'].isin(map(str, levels))].drop(columns='level').reset_index(drop=True) if levels else table
+    if levels: return table[table['level'].isin(map(str, levels))].drop(columns='level').reset_index(drop=True)
+    return table
 
 def _levelled_row(row): # the hub writes 'Level 3', others 3
     level = row.get('level')
@@ -351,7 +354,8 @@ def split_problems(
 )->pd.DataFrame: # `n_train + n_dev + n_test` problems, each question once
     "Seeded, disjoint splits of one pool of problems."
     rank = lambda text: hashlib.sha256(f'{seed}/{text}'.encode()).digest()
-    pool = problems.assign(_text=problems.question.map(normalise_question)).sort_values('problem_id').drop_duplicates('_text')
+    pool = problems.assign(
+        _text=problems.question.map(normalise_question)).sort_values('problem_id').drop_duplicates('_text')
     wanted = n_train + n_dev + n_test
     if len(pool) < wanted:
         raise ValueError(f'{wanted} problems were asked for, but there are {len(pool)} distinct ones: ask for fewer')
@@ -380,7 +384,9 @@ def find_leaks(
     problems:pd.DataFrame, # with `problem_id`, `question`, `split` and `source`
 )->pd.DataFrame: # a row per leaking pair: `earlier_id`, `earlier_split`, `later_id`, `later_split`, `overlap` in (0.5, 1]
     "Pairs of problems in different splits that are the same or nearly so."
-    ids, splits, texts = problems.problem_id.tolist(), problems.split.tolist(), problems.question.map(normalise_question).tolist()
+    ids = problems.problem_id.tolist()
+    splits = problems.split.tolist()
+    texts = problems.question.map(normalise_question).tolist()
     generated = problems.source.str.startswith('arithmetic').tolist()
     index, leaks = {}, []
     for split in SPLITS:
@@ -404,7 +410,8 @@ def check_leaks(
     named = [f'{r.earlier_id} ({r.earlier_split}) and {r.later_id} ({r.later_split}), overlap {r.overlap:.2f}'
              for r in leaks[:5].itertuples()]
     if named:
-        raise ValueError(f"{len(leaks)} pairs of problems leak between splits: {'; '.join(named)}{'; ...' if len(leaks) > 5 else ''}: "
+        raise ValueError(f"{len(leaks)} pairs of problems leak between splits: "
+                         f"{'; '.join(named)}{'; ...' if len(leaks) > 5 else ''}: "
                          "remove the earlier rows with drop_leaks(problems)")
     return problems
 

@@ -67,13 +67,13 @@ def check_turns(
                          f"with_scores(turns, scores, {absent[0]!r})")
     twice = [] if turns['turn_id'].is_unique else turns['turn_id'][turns['turn_id'].duplicated()]
     if len(twice):
-        raise ValueError(f'{len(twice)} of {len(turns)} turns repeat the id of an earlier one, first {twice.iloc[0]!r}: give each turn once')
+        raise ValueError(f'{len(twice)} of {len(turns)} turns repeat the id of an '
+                         f'earlier one, first {twice.iloc[0]!r}: give each turn once')
     for column in () if mixed or turns.empty else ('split', 'purpose', 'iteration'):
         if column not in turns or (turns[column] == turns[column].iat[0]).all(): continue
         found = sorted(turns[column].unique())
-        raise ValueError(f"the turns mix {len(found)} values of {column!r} ({', '.join(map(str, found[:3]))}): take "
-                         f"one, "
-                         f"or ask for it with mixed=True")
+        raise ValueError(f"the turns mix {len(found)} values of {column!r} "
+                         f"({', '.join(map(str, found[:3]))}): take one, or ask for it with mixed=True")
 
 # %% ../nbs/api/06_rewards.ipynb #eaf21c9d
 NO_ANSWERS = ('summarizer',) # roles whose turns pass on what others said
@@ -97,9 +97,8 @@ def read_answers(
     check_turns(turns, 'problem_id', 'text', mixed=True)
     turns = turns[answering(turns)]
     case = turns.groupby(['problem_id', 'text'], sort=False, dropna=False).ngroup().to_numpy()
-    cases = turns[['problem_id',
-                   'text']][~pd.Series(case, turns.index).duplicated()].join(problem_facts(turns, problems, 'kind'),
-                                                                             on='problem_id')
+    cases = turns[['problem_id', 'text']][~pd.Series(case, turns.index).duplicated()].join(
+        problem_facts(turns, problems, 'kind'), on='problem_id')
     answers = [extract_answer(text, kind) for text, kind in zip(cases['text'].fillna(''), cases['kind'])]
     return score_rows(turns, 'answer', READ, label=np.array(answers, dtype=object)[case])
 
@@ -114,7 +113,8 @@ def problem_facts(
     if len(twice): raise ValueError(f'problem {twice.iloc[0]!r} occurs twice: its {columns[0]} is not certain')
     lost = turns['problem_id'][~turns['problem_id'].isin(problems['problem_id'])]
     if len(lost):
-        raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem that is not in the table, first {lost.iloc[0]!r}: pass the problems they were asked')
+        raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem that is not in '
+                         f'the table, first {lost.iloc[0]!r}: pass the problems they were asked')
     return problems.set_index('problem_id')[[*columns]]
 
 # %% ../nbs/api/06_rewards.ipynb #27981cb8
@@ -126,11 +126,11 @@ def grade(
     "Extract the answers and compare them with gold."
     answers = read_answers(turns, problems)
     turns = turns[answering(turns)]
-    said = turns[['problem_id']].assign(said=answers['label'].astype(object).where(answers['label'].notna(),
-                                                                                   None).to_numpy())
+    said = turns[['problem_id']].assign(
+        said=answers['label'].astype(object).where(answers['label'].notna(), None).to_numpy())
     case = said.groupby(['problem_id', 'said'], sort=False, dropna=False).ngroup().to_numpy()
-    cases = said[~pd.Series(case, said.index).duplicated()].join(problem_facts(turns, problems, 'answer', 'kind'),
-                                                                 on='problem_id')
+    cases = said[~pd.Series(case, said.index).duplicated()].join(
+        problem_facts(turns, problems, 'answer', 'kind'), on='problem_id')
     with nullcontext(grader) if grader else Grader() as g:
         right = g.grade(cases['answer'], cases['said'], cases['kind'])
     return pd.concat([answers, score_rows(turns, 'correct', GOLD, value=right[case])], ignore_index=True)
@@ -194,7 +194,8 @@ def vote(
     turns,place = turns[answering(turns)],['problem_id', 'round']
     said = turns[[*place, 'seat']].assign(answer=canonical_answers(turns, problems, grader))
     seats = said.groupby(place, sort=False)['seat'].nunique()
-    said['weight'] = 1/said.groupby([*place, 'seat'])['seat'].transform('size')/said.groupby(place)['seat'].transform('nunique')
+    said['weight'] = 1/said.groupby([*place,
+                                     'seat'])['seat'].transform('size')/said.groupby(place)['seat'].transform('nunique')
     best = plurality(said, place, seed).rename(columns=dict(weight='share'))
     votes = seats.index.to_frame(index=False).join(best[['answer', 'share', 'tie']], on=place)
     return votes.assign(share=votes['share'].fillna(0.), tie=votes['tie'].eq(True))
@@ -230,7 +231,8 @@ def agrees(
     last = votes.sort_values('round').drop_duplicates('problem_id', keep='last')
     lost = turns['problem_id'][~turns['problem_id'].isin(last['problem_id'])]
     if len(lost):
-        raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem without a vote, first {lost.iloc[0]!r}: vote on all of them')
+        raise ValueError(f'{len(lost)} of {len(turns)} turns answer a problem without '
+                         f'a vote, first {lost.iloc[0]!r}: vote on all of them')
     last = last[last['problem_id'].isin(turns['problem_id'])]
     both = pd.concat([part[['problem_id', 'answer']].astype(object) for part in (turns, last)], ignore_index=True)
     said = canonical_answers(both, problems, grader)
@@ -319,9 +321,8 @@ def parent_rows(
     found = pd.Index(ids).get_indexer(names)
     lost = names[found < 0]
     if len(lost):
-        raise ValueError(f'parent {lost.iat[0]!r} of turn {ids[level > 0][lost.index[0]]!r} is not in the table, nor '
-                         f'are '
-                         f'those of {len(lost)-1} other turns: pass whole trees')
+        raise ValueError(f'parent {lost.iat[0]!r} of turn {ids[level > 0][lost.index[0]]!r} is not in '
+                         f'the table, nor are those of {len(lost)-1} other turns: pass whole trees')
     parent = np.full(len(turns), -1)
     parent[level > 0] = found
     for i in np.flatnonzero((level > 0) & (level[parent] != level-1))[:1]:
@@ -358,8 +359,8 @@ def example_tree(
                  role=roles[name[0]], agent=roles[name[0]],
                  text=f'{name} has its say', correct=np.nan if isinstance(child, list) else float(child))
             for i, level in enumerate(levels) for name, parent, child in level]
-    return pd.DataFrame(rows, index=[row['turn_id'] for row in rows]).assign(problem_id='p1', finish_reason='stop',
-                                                                             model_key='by hand')
+    return pd.DataFrame(rows, index=[row['turn_id'] for row in rows]).assign(
+        problem_id='p1', finish_reason='stop', model_key='by hand')
 
 # %% ../nbs/api/06_rewards.ipynb #4e3608b0
 class Tree:
@@ -385,10 +386,12 @@ class Tree:
 
     def _branch(self, i):
         turn,below = self.turns[i],''.join(map(self._branch, self.children.get(i, [])))
-        value = f'<span style="background:{_tint(turn.value)};color:#111;padding:0 .4em;border-radius:.3em">{turn.value:.2f}</span>'
+        value = (f'<span style="background:{_tint(turn.value)};color:#111;padding:0 '
+                 f'.4em;border-radius:.3em">{turn.value:.2f}</span>')
         head = f'<summary>{value} <b>{escape(turn.agent)}</b> {escape(_start(turn.text, 60))}</summary>'
         text = f'<pre style="margin:.2em 0 .2em 1.2em;white-space:pre-wrap">{escape(turn.text or "")}</pre>'
-        return f'<details{" open" if below and turn.round == 0 else ""}>{head}{text}<div style="margin-left:1.2em">{below}</div></details>'
+        return (f'<details{" open" if below and turn.round == 0 else ""}>{head}{text}<div '
+                f'style="margin-left:1.2em">{below}</div></details>')
 
 # %% ../nbs/api/06_rewards.ipynb #c75118e6
 def _start(text, n): # the first characters, on one line
@@ -509,8 +512,8 @@ def concordance(
     "How often a reward is higher for the answer with the property, within a problem."
     check_turns(turns, 'problem_id', 'text', target, reward, mixed=True)
     if not turns[target].isin([0, 1]).all():
-        raise ValueError(f'target {target!r} is not 0 or 1 everywhere: it must say of each answer whether it has the '
-                         f'property')
+        raise ValueError(f'target {target!r} is not 0 or 1 everywhere: it must '
+                         'say of each answer whether it has the property')
     once = turns.assign(text=turns['text'].fillna('').str.strip()).drop_duplicates(['problem_id', 'text'])
     has,lacks = (once.loc[once[target] == v, ['problem_id', reward]] for v in (1, 0))
     pairs = has.merge(lacks, on='problem_id')

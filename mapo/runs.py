@@ -81,9 +81,8 @@ def canonical(
     if isinstance(value, (list, tuple)): return [canonical(v) for v in value]
     if isinstance(value, dict): return {str(k): canonical(v) for k, v in value.items()}
     if inspect.isfunction(value): return _function(value)
-    raise TypeError(f'a {type(value).__name__} cannot be the input of a stage: pass numbers, text, dataclasses, '
-                    f'models, '
-                    f'files or artifacts')
+    raise TypeError(f'a {type(value).__name__} cannot be the input of a stage: '
+                    'pass numbers, text, dataclasses, models, files or artifacts')
 
 # %% ../nbs/api/12_runs.ipynb #dbea9241
 def _finite(value):
@@ -475,7 +474,8 @@ def _named(fn, found): # a result's tables by name
     if isinstance(found, pd.DataFrame): return dict(table=found)
     tables = found._asdict() if hasattr(found, '_asdict') else found
     if isinstance(tables, dict) and all(isinstance(t, pd.DataFrame) for t in tables.values()): return tables
-    raise TypeError(f'{fn.__name__} returned a {type(found).__name__}: a stage returns a table, or several in a named tuple')
+    raise TypeError(f'{fn.__name__} returned a {type(found).__name__}: a '
+                    'stage returns a table, or several in a named tuple')
 
 # %% ../nbs/api/12_runs.ipynb #26310eaf
 def scored(
@@ -551,7 +551,8 @@ def _devices(spec, say): # a stage that computes on GPUs has those that it can s
 
 # %% ../nbs/api/12_runs.ipynb #f788b627
 def _made(folder): # by this machine or another one
-    return (folder/'manifest.json').exists() or folder.name in os.listdir(folder.parent) and (folder/'manifest.json').exists()
+    return ((folder/'manifest.json').exists()
+            or folder.name in os.listdir(folder.parent) and (folder/'manifest.json').exists())
 
 # %% ../nbs/api/12_runs.ipynb #4bce5f58
 class StaleCode(RuntimeError): "A finished stage was made by other code, and MAPO_STRICT=1 forbids to use it."
@@ -621,7 +622,8 @@ class Run:
         if source == _digest(code): return
         kept = self.root/'code'/f'{source}.json'
         changed = f" ({_changed(json.loads(kept.read_text(encoding='utf-8')), code)})" if kept.exists() else ''
-        message = f"{artifact.path.name} was made by other code than today's{changed}: --fresh {fn.__name__} makes it again"
+        message = (
+            f"{artifact.path.name} was made by other code than today's{changed}: --fresh {fn.__name__} makes it again")
         if os.environ.get('MAPO_STRICT') == '1': raise StaleCode(message)
         self.say(message)
 

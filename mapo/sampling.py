@@ -230,7 +230,8 @@ class Transcript:
     def _repr_html_(self):
         rows = ''.join(f'<div style="margin:.3em 0"><b>{escape(who)}</b><pre style="margin:0 0 0 '
                        f'1em;white-space:pre-wrap">{escape(text)}</pre></div>' for who, text in self.lines)
-        return f'<div style="border-left:3px solid #bbb;padding-left:.8em">{rows}<small>{escape(self.note)}</small></div>'
+        return (
+            f'<div style="border-left:3px solid #bbb;padding-left:.8em">{rows}<small>{escape(self.note)}</small></div>')
 
 # %% ../nbs/api/04_sampling.ipynb #e43eb5ab
 def transcript(
@@ -253,8 +254,8 @@ def conversation(
     notes:dict=None,       # remarks in small print by turn id, such as 'right'
 )->Transcript:
     "Everything that was said about a problem, in the order in which it was said."
-    own = turns[turns['problem_id'] == problem_id].sort_values(['round', 'seat', 'role', 'sample'],
-                                                               ascending=[True, True, False, True], kind='stable')
+    own = turns[turns['problem_id'] == problem_id].sort_values(
+        ['round', 'seat', 'role', 'sample'], ascending=[True, True, False, True], kind='stable')
     if own.empty: raise KeyError(f'nobody spoke about problem {problem_id!r} in these {len(turns)} turns')
     asked = contexts.loc[contexts['context_id'] == own.iloc[0].context_id, 'messages'].iloc[0][-1]['content']
     remark = lambda t: ', '.join(filter(None, [f'round {t.round}', '' if t.finish_reason == 'stop' else 'cut off',
@@ -367,7 +368,8 @@ def _reply(agent, seat, own, conversation, shown, question, seed, round, parents
     exchanges = sum(m['role'] == 'assistant' for m in conversation[:-1])
     old,unseen = min(cut, exchanges),max(cut-exchanges, 0)
     if unseen > len(shown):
-        raise ValueError(f'{agent.name} has no room for an answer to problem {own.problem_id!r}: its window does not even hold the question and its own last answer')
+        raise ValueError(f'{agent.name} has no room for an answer to problem {own.problem_id!r}: '
+                         'its window does not even hold the question and its own last answer')
     kept,start = shown[:len(shown)-unseen],next((i+1 for i, m in enumerate(conversation) if m['role'] == 'user'), 0)
     told = dict.fromkeys(('others', 'drafts'),
                          agent.role.quoted([t.text for t in kept])) | dict(summary=''.join(t.text for t in kept))
@@ -386,8 +388,9 @@ def ask_critics(
     seed:int=0,            # of the run
 )->list[Ask]: # seat by seat
     "Every seat's critic goes on from what its seat said, in view of what the others said in the round before."
-    said,messages,question = _answers_of(turns, round-1),dict(zip(contexts['context_id'],
-                                                                  contexts['messages'])),_texts(problems)
+    said = _answers_of(turns, round-1)
+    messages = dict(zip(contexts['context_id'], contexts['messages']))
+    question = _texts(problems)
     summaries = turns[(turns['round'] == round) & (turns['role'] == 'summarizer')]
     told = {(t.problem_id, t.seat): t for t in _said(summaries)}
     asks = []
@@ -456,13 +459,11 @@ def debate(
                          f'{len(critics)} critics')
     if rounds < 1: raise ValueError(f'a debate has at least 1 round, not {rounds}')
     for c in critics if rounds > 1 else ():
-        if ('summary' in c.role.fields) != (summarizer is not None): raise ValueError(
-            f"{c.name!r} is to read a {{summary}}, and there is no summarizer" if summarizer is None
-                                                                                      else f"there is a summarizer, and "
-                                                                                           f"{c.name!r} reads no {{summary}}")
-    later = [partial(ask, problems=problems, round=r, seed=seed, **who) for r in range(1, rounds)
-             for ask, who in ([(ask_summaries, dict(summarizer=summarizer))] if summarizer else []) + [(ask_critics,
-                                                                                                        dict(critics=critics))]]
+        if ('summary' in c.role.fields) != (summarizer is not None):
+            raise ValueError(f"{c.name!r} is to read a {{summary}}, and there is no summarizer" if summarizer is None
+                             else f"there is a summarizer, and {c.name!r} reads no {{summary}}")
+    later = [partial(ask, problems=problems, round=r, seed=seed, **who) for r in range(1, rounds) for ask, who in (
+        [(ask_summaries, dict(summarizer=summarizer))] if summarizer else []) + [(ask_critics, dict(critics=critics))]]
     return sample_rounds([lambda *_: ask_alone(problems, generators, 1, purpose, iteration, seed), *later], engines,
                          sampling, answers, map_chunks)
 

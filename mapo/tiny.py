@@ -112,8 +112,8 @@ def next_step(
         carry = int(tens > 0 and r.random() >= habits.carries.get((int(p[1]), int(q[1])), 0))
         return f'{p[0]}+{q[0]}+{carry}={max(0, int(p[0])+int(q[0])+carry+off):02}'
     if len(steps) == 3:
-        high, low = (ones, e) if ones >= e else (e, ones) if r.random() < habits.borrows.get((ones, e),
-                                                                                             0) else (ones+10, e)
+        high, low = ((ones, e) if ones >= e else (e, ones) if r.random() < habits.borrows.get((ones, e), 0)
+                     else (ones+10, e))
         return f'{high:02}-{low}={(high-low+off)%10}'
     borrowed = int(steps[3][0])
     return str(10*(int(steps[2][-2:])-borrowed) + int(steps[3][-1]) + off*r.choice([1, 10]))
@@ -215,7 +215,8 @@ def critic_lesson(question, operands, habits, r, clean=False, summary=False):
     turns = [gen + ROLES['generator'].format(question=question), written(own)]
     for _ in range(1 if r.random() < .85 else 2):
         others = _some(operands, habits, r)
-        shown = ROLES['critic_of_summary'].format(summary=summarized(others)) if summary else ROLES['critic'].format(others=quoted(map(written, others)))
+        shown = (ROLES['critic_of_summary'].format(summary=summarized(others)) if summary
+                 else ROLES['critic'].format(others=quoted(map(written, others))))
         own = _reply(operands, own, others, habits, r, clean)
         turns += [crit + shown, written(own)]
     return chat(*turns)
@@ -366,8 +367,8 @@ def make_agent(
 # %% ../nbs/api/16_tiny.ipynb #552e5669
 def _trained(recipe, name, seed, share, report):
     tokenizer, r = make_tokenizer(), random.Random(f'{name}/{seed}')
-    model, habits = make_model(r.getrandbits(32), recipe.layers), draw_habits(f'{recipe.weak_facts}/{seed}',
-                                                                              **recipe.weakness)
+    model = make_model(r.getrandbits(32), recipe.layers)
+    habits = draw_habits(f'{recipe.weak_facts}/{seed}', **recipe.weakness)
     optimizers, asked = _optimizers(model), [(q, tuple(map(int, re.findall(r'\d', q))))
                                              for q in tiny_problems(15000)['question']]
     def learn(lesson, n, teacher, parts=1, verdict=1., **how):

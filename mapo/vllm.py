@@ -52,7 +52,8 @@ def check_parallel(
                          f"tensor_parallel={tensor_parallel} does not divide: "
                          f"{_alternatives([p for p in divides if p <= max(gpus, 8)])} would")
     if gpus and tensor_parallel*data_parallel > gpus:
-        fits = f'data_parallel={gpus//tensor_parallel}' if gpus >= tensor_parallel else f'tensor_parallel={max(p for p in divides if p <= gpus)}, data_parallel=1'
+        fits = (f'data_parallel={gpus//tensor_parallel}' if gpus >= tensor_parallel
+                else f'tensor_parallel={max(p for p in divides if p <= gpus)}, data_parallel=1')
         raise ValueError(f'tensor_parallel={tensor_parallel} times data_parallel={data_parallel} takes '
                          f'{tensor_parallel*data_parallel} GPUs, but {gpus} can be seen: {fits} would fit')
 
@@ -76,9 +77,9 @@ def check_room(
     more = f'cache_gb={needed/1e9:.3g}' if cache else next((f'tensor_parallel={p}' for p in range(1, heads+1)
                                                             if heads % p == 0 and gpu*p-weights >= needed), '')
     fits = ' or '.join(filter(None, [more, f'window={shorter}' if shorter else '']))
-    raise ValueError(f'model {name!r}: keys and values of {window:,} tokens take {needed/1e9:.3g} GB, but there is '
-                     f'room '
-                     f'for {max(room, 0)/1e9:.3g} GB{"" if cache else f" beside weights of {weights/1e9:.3g} GB"}: '
+    raise ValueError(f'model {name!r}: keys and values of {window:,} tokens take '
+                     f'{needed/1e9:.3g} GB, but there is room for {max(room, 0)/1e9:.3g} '
+                     f'GB{"" if cache else f" beside weights of {weights/1e9:.3g} GB"}: '
                      f'{fits or "a smaller model"} would fit')
 
 BLOCK = 128 # tokens: vLLM's cache is cut into pages of this size on a CPU, and smaller ones on a GPU
@@ -96,8 +97,8 @@ def check_adapter(
             weight = base.get(re.sub(r'^base_model\.model\.|\.lora_[AB]', '', name))
             if weight is None: raise ValueError(f'the base has no weight for its matrix {name}')
             if shape[-1] != weight[1] if '.lora_A.' in name else shape[0] != weight[0]:
-                raise ValueError(f'its matrix {name} is {shape[0]} x {shape[1]}, but the weight is {weight[0]} x '
-                                 f'{weight[1]}')
+                raise ValueError(f'its matrix {name} is {shape[0]} x {shape[1]}, '
+                                 f'but the weight is {weight[0]} x {weight[1]}')
     except ValueError as e:
         raise ValueError(f'model {model.name!r}: adapter {model.adapter} does not fit {model.path}: {e}') from None
     return json.loads((Path(model.adapter)/'adapter_config.json').read_text(encoding='utf-8'))['r']
@@ -194,7 +195,8 @@ class _Process:
     def _epitaph(self):
         code = self.process.wait()
         how = f'was killed by signal {-code}' if code < 0 else f'ended with exit code {code}'
-        return f"the vLLM process of model {self.name!r} {how}{'' if self.ready else ' while it was starting'}: {last_error(Path(self.log.name).read_text(errors='replace'))} (log: {self.log.name})"
+        return (f"the vLLM process of model {self.name!r} {how}{'' if self.ready else ' while it was starting'}: "
+                f"{last_error(Path(self.log.name).read_text(errors='replace'))} (log: {self.log.name})")
 
     def close(self, patience=10): # seconds; afterwards the whole group is gone, and with it the memory
         self.process.stdin.close()
@@ -248,7 +250,8 @@ class Served:
         copies:int=1,         # of the weights; the rows are divided among them
         gpus_each:int=1,      # of one copy
     ):
-        self.model,self.settings,self.gpus_each,self.processes,self.deaths,self.closing = model,settings,gpus_each,[None]*copies,0,False
+        self.model,self.settings,self.gpus_each,self.processes,self.deaths,self.closing = (
+            model,settings,gpus_each,[None]*copies,0,False)
 
     def ask(self,
         rows:list,     # each begins with a number of its own
@@ -259,9 +262,9 @@ class Served:
         self.closing = False
         with ThreadPoolExecutor(len(self.processes)) as pool:
             try:
-                return {row: answer for part in [pool.submit(self._share, k, rows[k::len(self.processes)], work,
-                                                             advance) for k in range(len(self.processes))] for row,
-                        answer in part.result().items()}
+                return {row: answer
+                        for part in [pool.submit(self._share, k, rows[k::len(self.processes)], work, advance)
+                                     for k in range(len(self.processes))] for row, answer in part.result().items()}
             except BaseException:
                 self.close()
                 raise
@@ -306,8 +309,9 @@ class Served:
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512) # of adapters, that vLLM has room for
 
 def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, window, **more):
-    cpu,config = _needed().endswith('(cpu)'), AutoConfig.from_pretrained(local_folder(model), local_files_only=True,
-                                                                         trust_remote_code=False).get_text_config()
+    cpu = _needed().endswith('(cpu)')
+    config = AutoConfig.from_pretrained(local_folder(model), local_files_only=True,
+                                        trust_remote_code=False).get_text_config()
     check_parallel(model.name, config.num_attention_heads, _kv_heads(config), tensor_parallel, data_parallel,
                    len(visible_gpus()))
     cache = int((cache_gb or (1 if cpu else 0))*1e9)
@@ -316,9 +320,9 @@ def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, windo
     settings = dict(model=str(local_folder(model)), dtype=model.dtype, generation_config='vllm', max_model_len=window,
                     tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, gpu_memory_utilization=memory,
                     trust_remote_code=False)
-    return settings | (dict(kv_cache_memory_bytes=cache) if cache else {}) | (dict(enforce_eager=True,
-                                                                                   enable_chunked_prefill=False) if cpu
-                                                                              else {}) | more # a seeded request that is prefilled in chunks ends vLLM's CPU build
+    # a seeded request that is prefilled in chunks ends vLLM's CPU build
+    return settings | (dict(kv_cache_memory_bytes=cache) if cache
+                       else {}) | (dict(enforce_eager=True, enable_chunked_prefill=False) if cpu else {}) | more
 
 # %% ../nbs/api/17_vllm.ipynb #e7061c91
 def _kv_heads(config): return getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
@@ -326,8 +330,8 @@ def _kv_heads(config): return getattr(config, 'num_key_value_heads', None) or co
 def _weights_and_token(model, config): # bytes of all weights, and of a token's keys and values
     number = 4 if model.dtype == 'float32' else 2
     width = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
-    return number*sum(int(np.prod(shape))
-                      for shape in _shapes(local_folder(model)).values()), number*2*config.num_hidden_layers*_kv_heads(config)*width
+    return (number*sum(int(np.prod(shape)) for shape in _shapes(local_folder(model)).values()),
+            number*2*config.num_hidden_layers*_kv_heads(config)*width)
 
 def _gpu_memory(): # bytes of the smallest that can be seen; 0 without one
     if not visible_gpus(): return 0

@@ -107,7 +107,9 @@ def test_problems_are_not_forgotten_where_they_decide():
 def test_the_parts_are_those_of_an_analysis_of_variance():
     "Sums of squares by the textbook's short-cut formulas."
     x = np.random.default_rng(22).normal(size=(4, 7)) + np.arange(4)[:, None]/3
-    total, seeds, problems = (x**2).sum() - x.sum()**2/28, (x.sum(1)**2).sum()/7 - x.sum()**2/28, (x.sum(0)**2).sum()/4 - x.sum()**2/28
+    total = (x**2).sum() - x.sum()**2/28
+    seeds = (x.sum(1)**2).sum()/7 - x.sum()**2/28
+    problems = (x.sum(0)**2).sum()/4 - x.sum()**2/28
     expected = seeds/3/28, problems/6/28, (total - seeds - problems)/18/28
     assert np.allclose(variation(x), (x.mean(), *expected))
     assert np.allclose(variation(np.stack([x, 2*x]))[3], [expected[2], 4*expected[2]])

@@ -142,13 +142,14 @@ def test_one_more_alpha_trains_again_and_does_not_sample_again(runs):
     experiment(first, MARS_PO, MARS_PO.settings('smoke', **ONCE), 'mars_po', [0], 'dev')
     experiment(second, MARS_PO, MARS_PO.settings('smoke', **ONCE | dict(alpha_first=.9)), 'mars_po', [0], 'dev')
     made = [stage for stage, key in asked(second) - asked(first)]
-    assert made.count('train') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
+    assert (made.count('train') == 3
+            and made.count('sample_alone') == 2), 'only the evaluation of the newly trained agents'
 
 
 def test_nobody_right_is_one_sentence(tmp_path):
     settings = MARS_PO.settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
-    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward model: problems: 8 nothing to '
-                                         'choose'):
+    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward '
+                                         'model: problems: 8 nothing to choose'):
         experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
@@ -169,5 +170,6 @@ def test_the_command_refuses_an_unknown_preset_before_anything_is_computed(tmp_p
     out = subprocess.run([str(Path(sys.executable).parent/'mapo'), 'run', 'mars_po', '--preset', 'huge'],
                          capture_output=True, text=True, env=os.environ | dict(MAPO_RUNS=str(tmp_path)))
     assert out.returncode == 1
-    assert out.stderr.strip().splitlines()[-1] == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper"
+    assert (out.stderr.strip().splitlines()[-1]
+            == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper")
     assert not list(tmp_path.rglob('*.parquet')) and not list(tmp_path.rglob('manifest.json'))

@@ -30,8 +30,8 @@ def random_turns(seed, n_problems=30, n=6):
     score = rng.choice([0., 1., np.nan], p=[.45, .45, .1], size=len(turns))
     turns = turns.assign(correct=score, reward=rng.random(len(turns)),
                          finish_reason=rng.choice(['stop', 'length'], p=[.8, .2], size=len(turns)))
-    contexts = pd.DataFrame(dict(context_id=turns.context_id.unique())).assign(messages=lambda t: [[dict(role='user',
-                                                                                                         content=f'ask {c}')] for c in t.context_id])
+    contexts = pd.DataFrame(dict(context_id=turns.context_id.unique())).assign(
+        messages=lambda t: [[dict(role='user', content=f'ask {c}')] for c in t.context_id])
     return turns.sample(frac=1, random_state=seed).reset_index(drop=True), contexts
 
 
@@ -125,16 +125,17 @@ def test_ranked_only_takes_the_highest_reward_right_or_wrong(seed):
            r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) == {(p, w, l) for p in asked for w,
                                                       l in product(best[p], wrong[p]) if w != l}
-    assert 'wrong' not in set(counts.query("part == 'chosen'").fate) and counts.query("part == 'chosen'")['count'].sum() == len(turns)
-    assert losers(turns, ['ada'], selection).table.equals(losers(turns, ['ada'],
-                                                                 replace(selection, verified=True)).table)
+    assert 'wrong' not in set(counts.query("part == 'chosen'").fate)
+    assert counts.query("part == 'chosen'")['count'].sum() == len(turns)
+    assert losers(turns, ['ada'],
+                  selection).table.equals(losers(turns, ['ada'], replace(selection, verified=True)).table)
 
 
 @pytest.mark.parametrize('selection', [EVERY, Selection(n_positives=1, n_negatives=2, n_pairs=2, seed=3)])
 def test_reward_pairs_are_right_over_wrong_under_the_bare_question(selection):
     turns, _ = random_turns(3)
-    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(question=lambda p: 'what is '
-                                                                               + p.problem_id)
+    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(
+        question=lambda p: 'what is ' + p.problem_id)
     table, counts = reward_pairs(turns, problems, selection)
     right, wrong = slowly(turns, AGENTS, True), slowly(turns, AGENTS, False)
     everything = {(p, w, l) for p in right for w, l in product(right[p], wrong[p]) if w != l}
@@ -146,8 +147,8 @@ def test_reward_pairs_are_right_over_wrong_under_the_bare_question(selection):
     assert (table.agent == '').all() and (table.context_id == '').all() and set(table.chosen_agent) == set(AGENTS)
     total = counts.groupby('part')['count'].sum()
     assert total['chosen'] == total['rejected'] == len(turns) and total['problems'] == turns.problem_id.nunique()
-    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum() and (counts.agent
-                                                                                                  == '').all()
+    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum()
+    assert (counts.agent == '').all()
     assert table.equals(reward_pairs(turns, problems, selection).table)
 
 
@@ -159,8 +160,8 @@ def test_equal_texts_are_averaged_before_they_are_labelled():
 
 
 def test_no_seat_is_favoured_where_several_wrote_the_same():
-    turns = example_turns({agent: {f'p{i}': ['x'] for i in range(400)} for agent in ('ada', 'bob', 'cid',
-                                                                                     'dan')}).assign(correct=1.)
+    turns = example_turns({agent: {f'p{i}': ['x'] for i in range(400)}
+                           for agent in ('ada', 'bob', 'cid', 'dan')}).assign(correct=1.)
     who = winners(turns, None, EVERY).table
     assert sorted(who.problem_id) == sorted(f'p{i}' for i in range(400))
     assert who.agent.value_counts().between(70, 130).all() # 100 each, 3.5 standard errors
@@ -184,8 +185,8 @@ def test_selection_depends_neither_on_the_order_nor_on_other_problems():
     turns, contexts = random_turns(9)
     selection = Selection(n_positives=2, n_negatives=2, n_pairs=3)
     ids = lambda t: set(zip(t.chosen_id, t.rejected_id))
-    texts = turns.drop_duplicates(['problem_id', 'agent', 'text']).assign(text=lambda t: t.turn_id + t.text,
-                                                                          finish_reason='stop') # nothing merges
+    texts = turns.drop_duplicates(['problem_id', 'agent', # nothing merges
+                                   'text']).assign(text=lambda t: t.turn_id + t.text, finish_reason='stop')
     whole = ids(hybrid_pairs(texts, contexts, 'ada', selection).table)
     assert ids(hybrid_pairs(texts.sample(frac=1, random_state=1), contexts, 'ada', selection).table) == whole
     half = texts[texts.problem_id < 'p2']
@@ -268,8 +269,8 @@ def test_texts_that_break_naive_code():
     turns = example_turns({'ada': {'p': hostile}}).assign(correct=[1., 0.]*3)
     contexts = pd.DataFrame(dict(context_id=['ada-p'], messages=[[dict(role='user', content='?')]]))
     table = own_pairs(turns, contexts, 'ada', EVERY).table
-    assert {c[0]['content'] for c in table.chosen} == set(hostile[::2]) and {r[0]['content']
-                                                                             for r in table.rejected} == set(hostile[1::2])
+    assert {c[0]['content'] for c in table.chosen} == set(hostile[::2])
+    assert {r[0]['content'] for r in table.rejected} == set(hostile[1::2])
     assert len(set(hash_texts(turns.text))) == len(hostile)
 
 

@@ -82,8 +82,8 @@ def test_stages_are_those_of_the_experiment(name, monkeypatch):
 @pytest.mark.slow
 def test_conversations_are_those_of_a_run(talked):
     run, plan = talked
-    made, planned = Counter(s['stage'] for s in run.stages), sum((Counter({p.stage: plan.asked[p.key]})
-                                                                  for p in plan.planned.values()), Counter())
+    made = Counter(s['stage'] for s in run.stages)
+    planned = sum((Counter({p.stage: plan.asked[p.key]}) for p in plan.planned.values()), Counter())
     assert {k: n for k, n in made.items() if k != 'train'} == {k: n for k, n in planned.items() if k != 'train'}
     table = plan.table.query("kind == 'sample'")
     for stage in ('sample_alone', 'debate', 'sample_tree'):
@@ -132,9 +132,8 @@ def test_trainings_are_those_of_a_run(ran):
     kind = lambda p: json.loads((p/'manifest.json').read_text())['spec']['inputs']['objective']['type']
     logs = [json.loads((p/'log.json').read_text()) | dict(stage=f'train {kind(p)}') for p in artifacts(run, 'train-')]
     planned = plan.table[plan.table.stage.str.startswith('train')]
-    assert planned.groupby('stage').updates.sum().to_dict() == {name: sum(l['updates'] for l in logs
-                                                                          if l['stage'] == name)
-                                                                for name in {l['stage'] for l in logs}}
+    assert planned.groupby('stage').updates.sum().to_dict() == {
+        name: sum(l['updates'] for l in logs if l['stage'] == name) for name in {l['stage'] for l in logs}}
     assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
     stored = sum((p/'model'/'model.safetensors').stat().st_size for p in artifacts(run, 'train-'))
     assert planned.disk.sum() <= stored < 1.02*planned.disk.sum() # headers, and the head of a reward model
@@ -153,8 +152,8 @@ def test_parameters_are_those_that_transformers_makes(path):
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     reward, kind = 'architectures' in CONFIGS[path], CONFIGS[path]['model_type']
-    config = AutoConfig.for_model(kind, **{k: v for k, v in CONFIGS[path].items() if k not in ('model_type',
-                                                                                               'architectures')})
+    config = AutoConfig.for_model(kind, **{k: v for k, v in CONFIGS[path].items()
+                                           if k not in ('model_type', 'architectures')})
     with torch.device('meta'):
         net = (AutoModel if reward else AutoModelForCausalLM).from_config(config)
         head = [torch.nn.Linear(8192, 8192), torch.nn.Linear(8192, 1)] if reward else []
@@ -228,9 +227,8 @@ def test_settings_that_a_machine_may_be_told_are_those_of_training():
 
 def test_the_presets_models_and_licences_are_known():
     used = {m for s in MARS_PO.presets.values() for m in (*s.agents, *s.same_agents, s.reward_model, s.reward_init)}
-    used |= {s.model for s in MULTIAGENT_FT.presets.values()} | {m for s in MALT.presets.values() for m in (s.generator,
-                                                                                                            s.verifier,
-                                                                                                            s.refiner)}
+    used |= {s.model for s in MULTIAGENT_FT.presets.values()} | {m for s in MALT.presets.values()
+                                                                 for m in (s.generator, s.verifier, s.refiner)}
     used = {m for m in used if m and not m.startswith('tiny:')}
     assert used <= CONFIGS.keys() and used <= LICENCES.keys()
     assert set(LICENCES.values()) <= CONDITIONS.keys()
@@ -239,8 +237,8 @@ def test_the_presets_models_and_licences_are_known():
 def test_who_learns_from_whom():
     paper = plan_paper('mars_po', 'paper', 'mars_po')
     known = teachers(paper)
-    assert known['texts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct',
-                                                                            'deepseek-math-7b-rl']
+    assert known['texts', 'Llama 3.1 licence',
+                 'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct', 'deepseek-math-7b-rl']
     assert len(known['scores', 'Qwen licence', 'Qwen2.5-Math-RM-72B']) == 3
     assert 'Texts of Llama-3.1-8B-Instruct train Qwen2.5-Math-7B-Instruct, deepseek-math-7b-rl: Llama 3.1 licence.' in licence_lines(paper)
     alone = teachers(plan_paper('mars_po', 'paper', 'dpo_nll', reward_model='', order='drawn'))
@@ -339,7 +337,8 @@ def test_nothing_is_started(name, tmp_path):
 def test_a_mistake_is_one_sentence(words, said, capsys):
     from mapo.cli import main
     with pytest.raises(SystemExit) as stopped: main(['plan', *words])
-    assert stopped.value.code.startswith('mapo plan: ') and said in stopped.value.code and '\n' not in stopped.value.code
+    assert stopped.value.code.startswith('mapo plan: ') and said in stopped.value.code
+    assert '\n' not in stopped.value.code
     assert capsys.readouterr().out == ''
 
 
@@ -366,8 +365,8 @@ def test_many_texts_written_together_are_as_fast_as_they_are_computed():
     work = Answering(LLAMA, 'bfloat16', requests=1, answers=1000, prompt=1, answer=100, width=101, chunk=1000)
     on = replace(ONE, bandwidth=1e15) # memory that is never waited for
     assert work.rows(on) == 1000
-    assert work.seconds(on) - work.opening(on) == pytest.approx(100*(1000*(2*8_030_261_248 + 4*32*4096*51)/.5e15
-                                                                     + .003), rel=1e-3)
+    assert work.seconds(on) - work.opening(on) == pytest.approx(
+        100*(1000*(2*8_030_261_248 + 4*32*4096*51)/.5e15 + .003), rel=1e-3)
 
 
 def test_copies_and_shares_divide_the_time():
@@ -386,7 +385,8 @@ def test_an_engine_of_transformers_has_one_batch_of_its_budget():
     assert work.rows(ONE) == 16
     held = work.memory(ONE)
     assert (held.weights, held.cache, held.activations) == (16_060_522_496, 16*512*131072, 2*16*256*(3*14336 + 5*4096)) # reading prompts takes more than drawing tokens
-    assert work.wrong(ONE) == '' and 'needs the engine vllm' in replace(work, tensor_parallel=2).wrong(replace(ONE, gpus=2))
+    assert work.wrong(ONE) == ''
+    assert 'needs the engine vllm' in replace(work, tensor_parallel=2).wrong(replace(ONE, gpus=2))
 
 
 @pytest.mark.parametrize('path, able', [('Qwen/Qwen2.5-Math-7B-Instruct', {1, 2, 4}),
@@ -463,8 +463,8 @@ def test_a_reward_model_is_given_no_adapter():
 @pytest.mark.parametrize('wrong, said', [(dict(launch='fsdp', processes=16),
                                           'it asks for 16 GPUs (launch=fsdp, processes=16), and the machine has 8'),
                                          (dict(launch='ddp', processes=8, micro_batch_size=4),
-                                          'its 16 rows per update cannot be shared by processes=8 that compute 4 at '
-                                          'once')])
+                                          'its 16 rows per update cannot be shared '
+                                          'by processes=8 that compute 4 at once')])
 def test_a_launch_that_cannot_be_is_refused(wrong, said):
     assert Learning(LLAMA, batch_size=16, **wrong).wrong(machine('8xH100-80')) == said
 
@@ -482,7 +482,8 @@ def test_a_machine_adds_up():
 
 def test_this_machine_is_measured():
     found = here()
-    assert found.gpus == 1 and found.engine == 'transformers' and 1e9 < found.flops < 1e14 and 1e8 < found.bandwidth < 1e13
+    assert found.gpus == 1 and found.engine == 'transformers' and 1e9 < found.flops < 1e14
+    assert 1e8 < found.bandwidth < 1e13
     plan = plan_paper('mars_po', 'smoke', on='here')
     assert 'Measured here' in repr(plan) and 'GPU-hours' not in repr(plan)
     work = Learning(LLAMA, 'float32', 1, 1, 1, 1, 100, 100) # what was measured is reached
@@ -549,8 +550,8 @@ def test_a_gguf_file_is_measured_by_its_header(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     size = sizes(Model('small', str(path)))
-    assert (size.parameters, size.layers, size.kv_heads, size.head_dim, size.vocabulary, size.window) == (288, 2, 3, 32,
-                                                                                                          3, 512)
+    assert (size.parameters, size.layers, size.kv_heads, size.head_dim, size.vocabulary,
+            size.window) == (288, 2, 3, 32, 3, 512)
 
 
 def test_names_that_others_chose_are_escaped(local):

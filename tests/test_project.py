@@ -56,7 +56,8 @@ def test_outputs_are_for_readers(path):
         for text in texts(output):
             for rule in (TIMING, WARNING, MACHINE):
                 found = rule.search(text)
-                assert not found, f'{path} has {found[0]!r} in an output: ...{text[max(0, found.start()-80):found.end()+80]}...'
+                assert not found, (
+                    f'{path} has {found[0]!r} in an output: ...{text[max(0, found.start()-80):found.end()+80]}...')
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=str)
@@ -164,7 +165,8 @@ def test_every_requirement_is_pinned_and_installed():
         pin = pins.get(requirement.name.lower().replace('_', '-'))
         assert pin and requirement.specifier.contains(pin), f'{requirement} has no pin that fits in constraints.txt'
         if requirement.name in here:
-            assert version(requirement.name).partition('+')[0] == pin, f'{requirement.name} {version(requirement.name)} is installed, {pin} is pinned'
+            assert version(requirement.name).partition('+')[0] == pin, (
+                f'{requirement.name} {version(requirement.name)} is installed, {pin} is pinned')
 
 
 def git(*arguments): return subprocess.run(['git', *arguments], cwd=REPO, capture_output=True, text=True)

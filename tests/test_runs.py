@@ -83,7 +83,8 @@ def test_two_processes_on_one_run_share_the_work(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_rerun_imports_no_torch(root, undisturbed):
     "In a new interpreter."
-    code = EXPERIMENT+"\nimport sys\nassert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'imported'"
+    code = (EXPERIMENT+"\nimport sys\nassert not {'torch', 'transformers', "
+                       "'trl', 'datasets'} & set(sys.modules), 'imported'")
     code,said = command(sys.executable, '-c', code, cwd=root, MAPO_RUNS=str(root))
     assert code == 0, said
     assert not made(said) and contents(root) == undisturbed

@@ -53,8 +53,8 @@ def blocks():
 def tiny(text):
     for said, run in TINY.items(): text = text.replace(said, run)
     data = os.environ['MAPO_SHARED_DATA'] # in the place of a download; where it is not, nothing is loaded
-    return text.replace("benchmark('gsm8k+math', ''",
-                        f"benchmark('gsm8k', '{data}'") if os.path.isdir(f'{data}/gsm8k') else re.sub(r'^print\(benchmark.*\)"$', '"', text, flags=re.M)
+    if os.path.isdir(f'{data}/gsm8k'): return text.replace("benchmark('gsm8k+math', ''", f"benchmark('gsm8k', '{data}'")
+    return re.sub(r'^print\(benchmark.*\)"$', '"', text, flags=re.M)
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def test_the_page_from_top_to_bottom(cluster):
                for r in (json.loads(p.read_text()) for p in root.glob('*/record.json'))}
     one,whole = records[0,],records[0, 1]
     assert all(s['reused'] for s in one['stages']), 'the same command, given again, did something twice'
-    assert whole['stages'] and all(s['reused']
-                                   for s in whole['stages']), 'the job after the array found a stage that nobody had made'
+    assert (whole['stages']
+            and all(s['reused'] for s in whole['stages'])), 'the job after the array found a stage that nobody had made'
     assert (root/whole['id']/'report.ipynb').exists() and (root/whole['id']/'record'/'results.parquet').exists()
     done = re.findall(r'(\S+) done in', ''.join(p.read_text() for p in root.glob('*/log.txt')))
     assert len(done) == len(set(done)) == len(list(root.glob('artifacts/*/manifest.json'))), 'a stage was made twice'
@@ -138,7 +138,8 @@ def test_the_plan_of_the_page_is_a_plan(cluster):
     assert 'Qwen2.5-Math-RM-72B' in out and 'GPU-hours' in out
     without = subprocess.run(shlex.split(line.replace('-p tensor_parallel=4 ', '')), capture_output=True, text=True,
                              timeout=120)
-    assert without.returncode and 'does not fit' in without.stderr and 'tensor_parallel=4' in without.stderr, without.stderr
+    assert (without.returncode and 'does not fit' in without.stderr
+            and 'tensor_parallel=4' in without.stderr), without.stderr
 
 
 def shown(notebook):

@@ -118,8 +118,8 @@ def test_without_alpha_it_is_trls_dpo(initial, other, tmp_path):
 
 
 def test_sft_is_trls(initial, tmp_path):
-    examples,settings = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']],SFT(updates=3,
-                                                                                                             batch_size=4, learning_rate=1e-3)
+    examples = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']]
+    settings = SFT(updates=3, batch_size=4, learning_rate=1e-3)
     ours = train(initial, examples, settings, tmp_path/'ours')
     theirs = trl(SFTTrainer, SFTConfig, load_model(initial, 'cpu')[0], in_order(examples, settings), tmp_path/'theirs')
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
@@ -145,8 +145,8 @@ def test_adapter_goes_on_from_itself(initial, tmp_path):
     pairs,settings = make_pairs(4),DPO(updates=3, batch_size=4, lora_rank=4, learning_rate=1e-2)
     table = reference_log_probabilities(initial, pairs, settings)
     one = train(initial, pairs, settings, tmp_path/'1', table)
-    assert sorted(p.name for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json',
-                                                                        'adapter_model.safetensors']
+    assert sorted(p.name
+                  for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json', 'adapter_model.safetensors']
     assert json.loads((tmp_path/'1'/'adapter_config.json').read_text())['base_model_name_or_path'] == initial.path
     two = train(one.model, pairs, settings, tmp_path/'2', table)
     tokens,_ = pair_tokens(tokenizer(), pairs)
@@ -476,8 +476,9 @@ def test_a_killed_reward_training_goes_on_to_the_same_bytes(initial, tmp_path):
                      said=tmp_path/'said').wait()
     assert code == -9, said[-2000:]
     assert [p.name for p in (tmp_path/'killed'/'checkpoints').iterdir()] == ['checkpoint-4']
-    pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10,
-                                                                                                             batch_size=4, micro_batch_size=2, learning_rate=1e-3)
+    pairs = pd.read_parquet(tmp_path/'pairs.parquet')
+    model = replace(initial, name='initial')
+    settings = Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
     whole = train(model, pairs, settings, tmp_path/'whole')
     resumed = train(model, pairs, settings, tmp_path/'killed', checkpoint_every=4)
     assert (tmp_path/'killed'/'model.safetensors').read_bytes() == (tmp_path/'whole'/'model.safetensors').read_bytes()

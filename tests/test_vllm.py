@@ -53,7 +53,8 @@ def spawned(engine=None): # vLLM's processes that this one has started, those of
 def test_without_vllm_it_is_named_and_how_to_get_it(monkeypatch):
     monkeypatch.setattr(vllm, 'vllm_version', lambda: '')
     with pytest.raises(ValueError,
-                       match=r"needs vLLM, which is not installed: `pip install -c constraints-gpu.txt -e '.\[vllm\]'` on a GPU server, or engine='transformers'"):
+                       match=r"needs vLLM, which is not installed: `pip install -c constraints-gpu.txt "
+                             r"-e '.\[vllm\]'` on a GPU server, or engine='transformers'"):
         VLLMEngine(BASE)
 
 
@@ -82,8 +83,8 @@ def test_auto_takes_vllm_where_there_is_a_gpu_for_it_and_says_so(version, gpu, c
 
 def fake_gpus(folder, monkeypatch, n):
     script = folder/'nvidia-smi'
-    script.write_text(f'#!/bin/sh\ncase "$*" in *name*) echo "Fake GPU";; *memory*) echo 1000;; *) seq 0 {n-1};; '
-                      f'esac\n')
+    script.write_text('#!/bin/sh\ncase "$*" in *name*) echo "Fake GPU";; '
+                      f'*memory*) echo 1000;; *) seq 0 {n-1};; esac\n')
     script.chmod(0o755)
     monkeypatch.setenv('PATH', f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -129,7 +130,8 @@ def test_more_copies_than_gpus(gpus, monkeypatch):
     with pytest.raises(ValueError, match='takes 4 GPUs, but 2 can be seen: data_parallel=2 would fit'):
         VLLMEngine(BASE, data_parallel=4)
     with pytest.raises(ValueError,
-                       match=r"'base' has 3 attention heads \(3 with keys and values\), which tensor_parallel=2 does not divide: 1 or 3 would"):
+                       match=r"'base' has 3 attention heads \(3 with keys and values\), "
+                             r"which tensor_parallel=2 does not divide: 1 or 3 would"):
         VLLMEngine(BASE, tensor_parallel=2)
 
 
@@ -254,8 +256,8 @@ def test_a_process_that_dies_is_named_and_started_again_once(engine, capfd):
     def advance(answer):
         asked.append(answer)
         if len(asked) == 20: kill(served)
-    rows = [(i, p, r.seed, r.n) for i, (p, r) in enumerate(zip(engine._prompts([r.messages for r in requests]),
-                                                               requests))]
+    rows = [(i, p, r.seed, r.n)
+            for i, (p, r) in enumerate(zip(engine._prompts([r.messages for r in requests]), requests))]
     work = dict(adapter=None, stop=engine._end_tokens, temperature=1., top_p=1., max_tokens=64)
     found = served.ask(rows, work, advance)
     said = capfd.readouterr().err
@@ -355,7 +357,8 @@ def shrunk(model): # an adapter of another base: its matrices are one row too lo
 @real
 def test_too_little_memory_names_the_window_that_would_fit():
     with pytest.raises(ValueError,
-                       match=r"'base': keys and values of 1,024 tokens take .* GB, but there is room for 0.001 GB: cache_gb=\S+ or window=128 would fit"):
+                       match=r"'base': keys and values of 1,024 tokens take .* GB, but there "
+                             r"is room for 0.001 GB: cache_gb=\S+ or window=128 would fit"):
         VLLMEngine(BASE, cache_gb=.001)
     smaller = VLLMEngine(BASE, cache_gb=.001, window=128, progress=False)
     assert smaller.generate(QUESTIONS[:1], Sampling(max_tokens=64))[0][0].text
@@ -366,9 +369,8 @@ def test_too_little_memory_names_the_window_that_would_fit():
 def test_what_vllm_itself_finds_missing_is_said_in_one_line():
     engine = VLLMEngine(BASE, progress=False)
     engine._served.settings['kv_cache_memory_bytes'] = 1000
-    with pytest.raises(EngineDied, match="the vLLM process of model 'base' ended with exit code 1 while it was "
-                                         "starting: "
-                                         ".*(KV cache|cache blocks)") as e:
+    with pytest.raises(EngineDied, match="the vLLM process of model 'base' ended with exit code 1 "
+                                         "while it was starting: .*(KV cache|cache blocks)") as e:
         engine.generate(QUESTIONS[:1])
     assert '\n' not in str(e.value)
 
@@ -406,14 +408,13 @@ def math_rm(folder): # a tiny model of the architecture of Qwen2.5-Math-RM-72B, 
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
                          architectures=['Qwen2ForRewardModel'], pad_token_id=tokenizer.pad_token_id,
                          eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    net,head = Qwen2Model(config).eval(), torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(),
-                                                              torch.nn.Linear(64, 1))
+    net = Qwen2Model(config).eval()
+    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
     for w in (*net.parameters(), *head.parameters()): w.data += torch.randn_like(w)*.1
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({f'model.{k}': v for k, v in net.state_dict().items()} | {f'score.{k}': v for k,
-                                                                        v in head.state_dict().items()},
-              folder/'model.safetensors')
+    save_file({f'model.{k}': v for k, v in net.state_dict().items()}
+              | {f'score.{k}': v for k, v in head.state_dict().items()}, folder/'model.safetensors')
     return net, head
 
 

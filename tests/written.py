@@ -68,8 +68,8 @@ def record(rows, costs, tmp_path_factory):
 @pytest.fixture(scope='session')
 def everything():
     "All arms of the recorded run of Mars-PO: two teams, and an arm of one iteration."
-    mars, rng, one, two = [a.name for a in MARS_PO.arms][:17], np.random.default_rng(0), dict(borrows=.5, carries=.6,
-                                                                                              products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
+    mars, rng, one, two = ([a.name for a in MARS_PO.arms][:17], np.random.default_rng(0),
+                           dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4})
     grow = lambda agents, by: {a: p + by for a, p in agents.items()}
     rows = []
     for arm in mars:
@@ -125,8 +125,7 @@ def trees():
     readouts = pd.DataFrame([dict(arm=a, iteration=max(t), readout=way, accuracy=.5 + .04*k, low=.45 + .04*k,
                                   high=.55 + .04*k, seeds=2, problems=60) for a, t in levels.items() for k,
                              way in enumerate(('vote', 'after verifier', 'after refiner', 'after generator'))])
-    sweep = pd.DataFrame([dict(setting=n, value=v, arm=a, accuracy=.6, low=.55, high=.65) for a in ('malt', 'malt_one',
-                                                                                                    'star_ma') for n,
-                          values in (('branching', (2, 3, 4, 5)), ('threshold', (.3, .5, .7)), ('votes', (1, 3, 9)))
-                          for v in values])
+    sweep = pd.DataFrame([dict(setting=n, value=v, arm=a, accuracy=.6, low=.55, high=.65)
+                          for a in ('malt', 'malt_one', 'star_ma') for n, values in (
+        ('branching', (2, 3, 4, 5)), ('threshold', (.3, .5, .7)), ('votes', (1, 3, 9))) for v in values])
     return dict(rows=teams(levels), flips=flips, readouts=readouts, sweep=sweep)
