@@ -3,10 +3,10 @@
     python benchmarks/adapters.py [MODEL] [--agents 6] [--rank 16] [--repeats 3] [--no-training]
 
 MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Six adapters (all linear layers of
-attention and MLP) are written beside six full models, which are the base with one of the adapters merged in. Each way of
-holding agents gets a process of its own. Its private resident memory is read after the imports, after loading, and after
-every agent has answered sixteen questions twice; what it grew by since the imports is what the agents cost. Pages of
-mapped files count, memory that was freed does not. Training is measured in the same way, and by its peak.
+attention and MLP) are written beside six full models, which are the base with one of the adapters merged in. Each way
+of holding agents gets a process of its own. Its private resident memory is read after the imports, after loading, and
+after every agent has answered sixteen questions twice; what it grew by since the imports is what the agents cost.
+Pages of mapped files count, memory that was freed does not. Training is measured in the same way, and by its peak.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dpo_step.py [--updates 60] [--repeats 5]
 
-A random model of 0.2 M parameters, 16 pairs an update, float32 on one CPU thread. All ways train on the same pairs (each
-trainer in its own seeded order) and take turns within one run, so that a noisy minute hits all of them. CPU-seconds, not wall time;
-medians over the repeats, of ratios too: each is of two runs that followed one another. `step` is the training loop divided by its updates; `whole` is the call with
-everything around it: loading, tokenizing, the reference, saving.
+A random model of 0.2 M parameters, 16 pairs an update, float32 on one CPU thread. All ways train on the same pairs
+(each trainer in its own seeded order) and take turns within one run, so that a noisy minute hits all of them.
+CPU-seconds, not wall time; medians over the repeats, of ratios too: each is of two runs that followed one another.
+`step` is the training loop divided by its updates; `whole` is the call with everything around it: loading,
+tokenizing, the reference, saving.
 """
 import argparse, contextlib, io, tempfile, time
 from pathlib import Path

@@ -2,8 +2,8 @@
 
     python benchmarks/pairs.py [--turns 10000 100000 1000000] [--out benchmarks/pairs.md]
 
-Turns, scores and contexts are generated into a scratch folder. A fresh process then reads them, joins the scores, builds
-Mars-PO's pairs for each of three agents and writes each agent's pairs, all as Parquet. Time inside the library
+Turns, scores and contexts are generated into a scratch folder. A fresh process then reads them, joins the scores,
+builds Mars-PO's pairs for each of three agents and writes each agent's pairs, all as Parquet. Time inside the library
 is reported apart from reading and writing. At the end `datasets` and TRL read what was written.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time

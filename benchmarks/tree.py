@@ -2,9 +2,9 @@
 
     python benchmarks/tree.py [--nodes 100000] [--out benchmarks/tree.md]
 
-Trees of three generators' answers, three critiques each and three refined answers each, with texts of about 300 bytes of which
-some repeat among siblings, are made in memory and shuffled. Then the scores are joined, values are propagated, labelled, and
-each role's examples and sibling pairs are built.
+Trees of three generators' answers, three critiques each and three refined answers each, with texts of about 300 bytes
+of which some repeat among siblings, are made in memory and shuffled. Then the scores are joined, values are
+propagated, labelled, and each role's examples and sibling pairs are built.
 """
 import argparse, os, platform, time, zlib
 from pathlib import Path

@@ -2,11 +2,11 @@
 
     python benchmarks/vllm_engine.py [MODEL] [--requests 48] [--samples 4] [--max-tokens 48] [--repeats 5] [--agents 6]
 
-MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Each way of answering has a process of its
-own. All are loaded and warmed up with other requests; then they answer the same requests (a context and several samples
-each, seeded, in float32) in turns, one at a time, round after round. What is timed is one call with all requests: for mapo
-from conversations to texts, for `LLM.generate` from token ids to texts. Memory is the private memory of a way's processes
-together.
+MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Each way of answering has a process of
+its own. All are loaded and warmed up with other requests; then they answer the same requests (a context and several
+samples each, seeded, in float32) in turns, one at a time, round after round. What is timed is one call with all
+requests: for mapo from conversations to texts, for `LLM.generate` from token ids to texts. Memory is the private
+memory of a way's processes together.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -297,7 +297,7 @@ def _canonical(answer, kind): return (_math if kind == 'math' else _choice if ki
 def canonical_answer(
     answer:str|None, # an extracted answer or a gold answer
     kind:str='number', # `number`, `math` or `choice`
-)->str|None: # the same for equal answers (of kind `math`: as far as no algebra is needed); None if it is no answer of its kind
+)->str|None: # the same for equal answers (`math`: as far as no algebra is needed); None if it is no answer of its kind
     "One writing for answers that mean the same."
     if kind not in KINDS: raise ValueError(f"there is no kind {kind!r} of answer: take one of {', '.join(KINDS)}")
     if not isinstance(answer, str) or not answer.strip() or len(answer) > LONGEST_ANSWER: return None

@@ -675,7 +675,8 @@ def main(argv=None):
     "The `mapo` command."
     args = _parser().parse_args(argv)
     try: args.do(args)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # whoever reads, `head` perhaps, has seen enough
+    except BrokenPipeError: # whoever reads, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print('mapo: interrupted; what is finished is kept, the same command goes on from there', file=sys.stderr)
         sys.exit(130)

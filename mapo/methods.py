@@ -92,7 +92,7 @@ class Scoring:
 @dataclass(frozen=True)
 class Compute:
     "Compute the models of an experiment answer and learn."
-    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
+    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto': vLLM where it has a GPU
     tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
     data_parallel:int=1          # copies of the weights when vLLM answers
     token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
@@ -180,7 +180,8 @@ def _half(source, split, data): # the train or the test set of one benchmark
         raise ValueError(f"there is no problem source {source!r}: there are arithmetic, "
                          f"{', '.join(load)}, math:1-3 for levels of MATH, and sums such as gsm8k+math")
     folder = Path(data)/name if data and (Path(data)/name).is_dir() else Path(data)
-    known = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split) # CommonsenseQA's test answers are secret; MMLU's train set comes from other benchmarks
+    # CommonsenseQA's test answers are secret; MMLU's train set comes from other benchmarks
+    known = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split)
     table = load[name](known, folder/f'{split}.jsonl' if data else None,
                        **(dict(levels=_levels(source, levels)) if levels else {}))
     return table.assign(split=split)

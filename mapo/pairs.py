@@ -167,7 +167,8 @@ def _candidates(turns, agents, selection): # distinct scored turns of `agents`; 
     rows = keep(rows, answering(turns).to_numpy(), 'a summary', fates)
     if agents is not None: rows = keep(rows, rows['agent'].isin(agents), "another agent's", fates)
     rows = keep(rows, rows[selection.scores].notna().all(axis=1), 'not scored', fates)
-    drawn = rows.iloc[seeded_draw(rows['turn_id'], selection.seed).argsort()] # who stands for a text that several wrote is drawn
+    # who stands for a text that several wrote is drawn
+    drawn = rows.iloc[seeded_draw(rows['turn_id'], selection.seed).argsort()]
     once = distinct(drawn, *selection.scores, by=selection.by).sort_index()
     fates['repeated'] = len(rows) - len(once)
     return turns,once,fates
@@ -184,7 +185,8 @@ def _first_n(turns, rows, n, selection, order, part, fates): # the `n` best of e
     return Built(light.assign(**changed, row=rows.index), ledger(part, fates))
 
 # %% ../nbs/api/07_pairs.ipynb #1d9eec7e
-MESSAGES = pa.list_(pa.struct([('role', pa.large_string()), ('content', pa.large_string())])) # a conversation, as TRL reads it
+# a conversation, as TRL reads it
+MESSAGES = pa.list_(pa.struct([('role', pa.large_string()), ('content', pa.large_string())]))
 
 def own_contexts(
     turns:pd.DataFrame,    # turns, those of `agent` among them
@@ -337,7 +339,8 @@ def _of_agent(counts, agent):
     return counts[counts['count'] > 0].reset_index(drop=True).assign(agent=agent)[['agent', *counts.columns]]
 
 # %% ../nbs/api/07_pairs.ipynb #42c5f473
-def _paired(turns, contexts, agent, selection, right, wrong): # the right answers of some agents with the wrong ones of some
+# the right answers of some agents with the wrong ones of some
+def _paired(turns, contexts, agent, selection, right, wrong):
     turns,passed_over = _considered(turns, agent, selection)
     prompts = own_contexts(turns, contexts, agent, selection.by)
     built = cross(turns, winners(turns, right, selection), losers(turns, wrong, selection), prompts, agent, selection)

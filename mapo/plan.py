@@ -52,7 +52,7 @@ class Sizes:
         return 2*self.layers*self.kv_heads*self.head_dim*number_bytes(dtype)
 
     def flops(self, context:float)->float: # of a forward pass
-        "Operations for a token that looks back at `context` others: $2P + 4 L a d c$ (the PaLM paper's appendix B counts three times that for training)."
+        "Operations for a token that sees `context` others: $2P + 4 L a d c$ (PaLM, appendix B; threefold in training)."
         return 2*self.parameters + 4*self.layers*self.heads*self.head_dim*context
 
 # %% ../nbs/api/23_plan.ipynb #1a44729c
@@ -167,7 +167,8 @@ def sizes(
 
 # %% ../nbs/api/23_plan.ipynb #75fdd8c1
 BYTES = dict(float32=4, bfloat16=2, float16=2) # of a number
-DRAW = 24 # bytes per row and token of the vocabulary: logits, scores, probabilities in float32 (16), their sum in float64 (8)
+# bytes per row and token of the vocabulary: logits, scores, probabilities in float32 (16), their sum in float64 (8)
+DRAW = 24
 
 # %% ../nbs/api/23_plan.ipynb #6cad5db0
 def number_bytes(
@@ -245,7 +246,7 @@ class Machine:
 
     @property
     def limits(self)->tuple[int,int]:
-        "Answers that vLLM writes at once, and tokens that it reads at once, where nobody says otherwise (0.32's `LLM`)."
+        "Answers that vLLM writes and tokens that it reads at once, where nobody says otherwise (0.32's `LLM`)."
         return (1024, 16384) if self.memory >= 75e9 and 'A100' not in self.name.upper() else (256, 8192)
 
 # %% ../nbs/api/23_plan.ipynb #af8c0c9c
@@ -294,7 +295,7 @@ def _fastest(fn, tries=20): # seconds; others may be at work too, so the best on
 # %% ../nbs/api/23_plan.ipynb #b312dbf1
 USABLE = .9     # of a GPU's memory; vLLM's own default, and about what fragments and the driver leave of it in training
 PREFILL = .5    # of the operations, where many tokens are read at once; ours
-TRAINING = .35  # of the operations, in training; ours, below the .46 of PaLM 540B and the .38-.43 of Llama 3 405B (their papers), which pack their rows
+TRAINING = .35  # of the operations, in training; ours: packed rows reach .46 (PaLM 540B), .38-.43 (Llama 3 405B)
 STREAMING = .6  # of the bandwidth, while answers are written; ours
 VLLM_STEP = .003 # seconds vLLM takes to arrange a step, whatever it computes; ours
 DISK = 2e9      # bytes per second at which weights are read; ours
@@ -310,7 +311,8 @@ class Memory(NamedTuple):
 # %% ../nbs/api/23_plan.ipynb #c15994e7
 def _divisors(n, most): return [d for d in range(2, most+1) if n % d == 0]
 
-def _tensor_parallel(size, most): # the numbers of GPUs that can share a model: of heads each gets as many, of keys and values as many or one
+# the numbers of GPUs that can share a model: of heads each gets as many, of keys and values as many or one
+def _tensor_parallel(size, most):
     k = size.kv_heads
     return [t for t in _divisors(size.heads, most) if k % t == 0 or t % k == 0]
 
@@ -438,7 +440,8 @@ class Reading(Served):
 
 # %% ../nbs/api/23_plan.ipynb #b04f1611
 SHARDED = ('fsdp', 'zero3')
-FOUR_BITS = .5 + .127/8 # bytes of a parameter in 4 bits, with its share of the scales, which are quantized too (the QLoRA paper, section 3)
+# bytes of a parameter in 4 bits, with its share of the scales, which are quantized too (the QLoRA paper, section 3)
+FOUR_BITS = .5 + .127/8
 
 def frozen_bytes(
     size:Sizes,
@@ -579,7 +582,8 @@ def _split(stage): # that a stage samples, or whose turns it is about
 BENCHMARKS = { # problems
     'gsm8k': dict(train=7473, test=1319), 'math': dict(train=7500, test=5000),
     'commonsense_qa': dict(train=9741, test=1221), 'mmlu': dict(train=1531, test=14042)}
-LEVELS = dict(train=(564, 1348, 1592, 1690, 2304), test=(437, 894, 1131, 1214, 1324)) # of MATH, easiest first; two of its training problems have none
+# of MATH, easiest first; two of its training problems have none
+LEVELS = dict(train=(564, 1348, 1592, 1690, 2304), test=(437, 894, 1131, 1214, 1324))
 
 def count_problems(
     asked:dict, # the inputs of `make_problems`, or of `make_harder`
@@ -726,7 +730,8 @@ def scoring_rows(
                  work=Reading(size, dtype, **served, texts=answers, length=math.ceil(read/answers), longest=longest))]
 
 # %% ../nbs/api/23_plan.ipynb #8fcb0d62
-NLL_BUDGET,KL_BUDGET,KL_LOGITS = 16384,4096,24 # tokens of a batch, as `mapo.diversity` sets them; bytes: logits, their logarithms in float32 twice and a difference
+NLL_BUDGET,KL_BUDGET = 16384,4096 # tokens of a batch, as `mapo.diversity` sets them
+KL_LOGITS = 24 # bytes: logits, their logarithms in float32 twice and a difference
 
 def diversity_rows(
     stage:Planned, # of `measure_diversity`
@@ -797,7 +802,8 @@ def _own_turns(i, turns, problems): # a generator's first answer, a critic's las
     rows = problems*sum(1 if a in _names(turns.inputs['generators']) else per for a in i['agents'])
     return Lesson(i['agents'], rows, rows)
 
-def _chosen(n, mine, selection, paired): # rows and texts of a context with `n` answers, `mine` of which may be the wrong ones
+# rows and texts of a context with `n` answers, `mine` of which may be the wrong ones
+def _chosen(n, mine, selection, paired):
     if not paired: return (min(n, selection.n_positives or n),)*2
     wrong = min(mine, n//2) # where the product of right and wrong is largest
     pairs = min(selection.n_pairs or n*n, (selection.n_positives or n)*(selection.n_negatives or n), wrong*(n-wrong))
@@ -826,7 +832,8 @@ def training_rows(
                  tokens=updates*work.batch_size*work.texts*length, memory=memory, disk=4*work.trained,
                  resume=12*work.trained if i['checkpoint_every'] else 0, work=work)]
 
-def _row_length(source, plan, learnt, objective, said): # tokens of a row: the longest prompt among those of its agents, and an answer
+# tokens of a row: the longest prompt among those of its agents, and an answer
+def _row_length(source, plan, learnt, objective, said):
     prompt = max(a.prompt for a in asked(source, plan, said) if {*a.agents} & {*learnt.agents})
     return min(prompt+said, objective.max_length)
 
@@ -948,8 +955,8 @@ def licence(
 # %% ../nbs/api/23_plan.ipynb #4561618f
 def teachers(
     plan:Plan, # with all its stages
-)->dict[tuple,list]: # ('texts', 'scores' or 'prompts', licence, title of the model) -> titles of those that learn from it
-    "Which models' texts train other models, whose scores choose what others learn from, and whose texts others learn to answer."
+)->dict[tuple,list]: # ('texts', 'scores' or 'prompts', licence, title of the model) -> titles of those that learn
+    "Which models' texts train others, whose scores choose what others learn from, whose texts others learn to answer."
     found = {}
     for stage in plan.planned.values():
         if stage.stage != 'train': continue
@@ -1092,8 +1099,8 @@ def machine_totals(
             'disk': ' + '.join(f'{_gb(n)} {what}' for what, n in disk.items() if n)}
     if on.name == 'here': said = {k: v for k, v in said.items() if 'GPU-hours' not in k}
     elif busy < wall*on.gpus/2:
-        said['GPUs that compute, on '
-             'average'] = f'{busy/wall:.1f} of {on.gpus}: data_parallel shares answers among more, launch=ddp or fsdp with processes trainings'
+        more = 'data_parallel shares answers among more, launch=ddp or fsdp with processes trainings'
+        said['GPUs that compute, on average'] = f'{busy/wall:.1f} of {on.gpus}: {more}'
     return pd.DataFrame(said.items(), columns=['total', 'value'])
 
 def _span(hours):
@@ -1267,7 +1274,8 @@ def _list(lines):
     return Shown(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>", '\n'.join(text))
 
 # %% ../nbs/api/23_plan.ipynb #13f22e34
-PROMPT_TOKENS = dict(tiny=32, arithmetic=96, benchmark=256) # with its template; counted with a small model's tokenizer, a question of GSM8K has 60 on average, one of MATH 90
+# with its template; counted with a small model's tokenizer, a question of GSM8K has 60 on average, one of MATH 90
+PROMPT_TOKENS = dict(tiny=32, arithmetic=96, benchmark=256)
 
 # %% ../nbs/api/23_plan.ipynb #e11ad11b
 PAPERS = {e.name: e for e in (MARS_PO, MULTIAGENT_FT, MALT)}

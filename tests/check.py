@@ -1,9 +1,9 @@
 """What a change touches, in a minute: `make check`, or `python tests/check.py [REVISION]`.
 
-The change is what differs from the merge base with REVISION (main, where none is given), uncommitted and new files included. A module
-is checked by its notebook and by the tests named after it, or, where none is, by the tests that import it; a test file by itself; a
-paper's notebook by its smoke run and by its published record. The project's own checks are always among them. Tests marked `slow`
-are left to `make test`.
+The change is what differs from the merge base with REVISION (main, where none is given), uncommitted and new files
+included. A module is checked by its notebook and by the tests named after it, or, where none is, by the tests that
+import it; a test file by itself; a paper's notebook by its smoke run and by its published record. The project's own
+checks are always among them. Tests marked `slow` are left to `make test`.
 """
 import ast
 import re
@@ -14,7 +14,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 ALWAYS = ['tests/test_project.py', 'tests/test_make.py']
-ELSEWHERE = {'mapo/launch': 'training', 'mapo/checkpoints': 'tiny', 'mapo/__init__.py': '', 'mapo/_modidx.py': ''} # files of the package that are no module of a notebook
+# files of the package that are no module of a notebook
+ELSEWHERE = {'mapo/launch': 'training', 'mapo/checkpoints': 'tiny', 'mapo/__init__.py': '', 'mapo/_modidx.py': ''}
 BESIDE = {'training': ['launch']} # a module's further test files
 OTHERS = {'nbs/servers': 'tests/test_servers.py', 'nbs/katex': 'tests/test_docs.py',
           'nbs/_quarto.yml': 'tests/test_docs.py', 'nbs/styles.css': 'tests/test_docs.py',

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from free_answers import generated, hand_written, later, unseen
-from mapo.answers import LONGEST_ANSWER, Grader, _chosen, _decided, _differ, _prose, _Worker, canonical_answer, comparer, extract_answer, grade, without_thoughts
+from mapo.answers import (LONGEST_ANSWER, Grader, _chosen, _decided, _differ, _prose, _Worker, canonical_answer,
+                          comparer, extract_answer, grade, without_thoughts)
 from mapo.problems import gsm8k, math_500
 
 DATA = Path(os.environ.get('MAPO_SHARED_DATA', Path(__file__).resolve().parent.parent/'../shared/data'))
@@ -345,7 +346,8 @@ def test_a_text_that_is_refused_for_what_is_chosen_in_it_is_refused_when_it_is_r
         gold, canonical_answer(_chosen(text), 'math') or gold, 'math') is False
     sure = [case for case in cases if _chosen(case[1]) and refused(*case)]
     monkeypatch.setattr('mapo.answers._chosen', lambda text: None)
-    assert len(sure) > 200 and [case for case in sure if equal(*case)] == [('52_8', 'The sum is $52_9$.')] # where it loses the base
+    # where it loses the base
+    assert len(sure) > 200 and [case for case in sure if equal(*case)] == [('52_8', 'The sum is $52_9$.')]
 
 
 def test_formulas_that_differ_for_sure_differ_for_math_verify(public, grader):

@@ -1,4 +1,4 @@
-"""Figures draw what tables hold, without overlap; `make figures` makes every committed figure, table and paper notebook again."""
+"""Figures draw what tables hold, without overlap; `make figures` makes every committed figure, table and page again."""
 import json
 import re
 
@@ -20,7 +20,8 @@ from mapo.multiagent_ft import MULTIAGENT_FT
 from mapo.record import figure_arms
 from mapo.tables import base_arms, diversity_table, flips_table, readouts_table, sweep_table
 from warm import Warm
-from written import costs, debates, everything, figures, hostile, rows, team, teams, trees  # noqa: F401 fixtures among them
+from written import (costs, debates, everything, figures, hostile, rows, team,  # noqa: F401 fixtures among them
+                     teams, trees)
 
 RECORDS = sorted(p.parent.name for p in (REPO/'figures'/'record').glob('*/manifest.json'))
 PAPERS = [name for name in RECORDS if name in notebooks()]

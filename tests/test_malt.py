@@ -1,4 +1,4 @@
-"""The experiment, its notebook and its command line agree; chains, trees and trainings that a notebook cell would take too long to show."""
+"""The experiment, its notebook and its command line agree; chains, trees and trainings too long for a notebook cell."""
 import json
 from dataclasses import fields
 
@@ -8,7 +8,8 @@ import pytest
 
 from mapo.cli import checked, settable
 from mapo.experiment import Step, checkable, compute, experiment
-from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row, word_problems
+from mapo.malt import (ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row,
+                       word_problems)
 from mapo.methods import make_problems
 from mapo.pairs import Built, Selection, own_pairs, own_positives
 from mapo.record import load_record, redraw

@@ -1,4 +1,4 @@
-"""The experiment, its notebook and its command line agree; variants that a notebook cell would take too long to show."""
+"""The experiment, its notebook and its command line agree; variants that take too long for a notebook cell."""
 import subprocess, sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_initial_reference_is_not_the_previous_one(runs):
 
 @pytest.fixture(scope='module')
 def every(runs):
-    "One iteration of every arm: the run, what each arm did, and the record. test_papers.py runs the notebook with the same."
+    "One iteration of every arm: the run, what each arm did, and the record; test_papers.py runs the notebook likewise."
     run = Run('every', {}, root=runs)
     settings = MARS_PO.settings('smoke', **ONCE)
     steps = compute(run, MARS_PO, settings, 'all', [0], 'dev')
@@ -94,7 +94,8 @@ def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     record = every[2]
     assert set(pd.read_parquet(record/'results.parquet').arm) == {arm.name for arm in ARMS}
     assert set(pd.read_csv(record/'selection.csv').arm) == {arm.name for arm in ARMS if arm.data}
-    assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'} # the first that each reward model chose for
+    # the first that each reward model chose for
+    assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'}
     drawn = {p.name for p in redraw(record, tmp_path)}
     assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png',
             'training.png'} <= drawn

@@ -105,7 +105,8 @@ def test_a_debate_killed_in_its_second_round_goes_on_where_it_stopped(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         discuss(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
     resumed = discuss(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
-    assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files'] # 4 + 4 chunks, one of them twice
+    # 4 + 4 chunks, one of them twice
+    assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files']
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ BUILDERS = dict(hybrid_pairs=(hybrid_pairs, AGENTS, ['ada']), own_pairs=(own_pai
 
 
 def random_turns(seed, n_problems=30, n=6):
-    "Turns with few distinct texts, spaces around some, some cut off, some empty, some unscored, some problems not asked."
+    "Turns with few distinct texts, some with spaces around, cut off, empty or unscored; some problems not asked."
     rng = np.random.default_rng(seed)
     said = {a: {f'p{i}': [' '*rng.integers(2) + ['', 'one', 'two', 'three', 'four'][rng.integers(5)] for _ in range(n)]
                 for i in range(n_problems) if rng.random() < .9} for a in AGENTS}

@@ -26,7 +26,8 @@ from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, GPUS, KL_BUDGET, MAX_LENGTH,
 from mapo.runs import Run
 
 ARMS = dict(
-    mars_po='sft_own,mars_po_flipped', # stages that both ask for, examples and pairs, flipped labels, reward models that are trained
+    # stages that both ask for, examples and pairs, flipped labels, reward models that are trained
+    mars_po='sft_own,mars_po_flipped',
     multiagent_ft='debate_dpo', # summaries, critics' lessons, judged pairs, likelihoods and divergences
     malt='malt_shuffled,debate') # trees, SFT and DPO, chains, critiques of other problems, a debate
 PRESETS = {e.name: e.presets for e in (MARS_PO, MULTIAGENT_FT, MALT)}
@@ -104,7 +105,8 @@ def test_lessons_are_those_of_a_run(talked):
     run, plan = talked
     logs = [json.loads((p/'log.json').read_text()) for p in artifacts(run, 'train-')]
     planned = plan.table.query("kind == 'tune'")
-    assert planned.updates.sum() >= sum(l['updates'] for l in logs) > 0 # a model that finds nothing to learn is not trained
+    # a model that finds nothing to learn is not trained
+    assert planned.updates.sum() >= sum(l['updates'] for l in logs) > 0
     assert len(planned) >= len(logs)
     assert sum(l['tokens_trained'] for l in logs) <= planned.tokens.sum()
 
@@ -180,7 +182,7 @@ def test_adapter_parameters_are_those_that_peft_makes():
 
 @pytest.mark.parametrize('heads, kv_heads, intermediate', [(4, 4, 512), (8, 2, 512), (4, 1, 1024)])
 def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
-    "Bytes per token and layer: the difference between six and two layers, and between 128 and 64 tokens, under bfloat16 autocast."
+    "Bytes per token and layer: the difference of six and two layers, and of 128 and 64 tokens, in bfloat16 autocast."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.utils import add_fused_lm_head
@@ -194,7 +196,8 @@ def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
         def keep(t):
             storage = t.untyped_storage()
-            if storage.data_ptr() not in weights: found[storage.data_ptr()] = storage.nbytes(), t # held, so that no address is used twice
+            # held, so that no address is used twice
+            if storage.data_ptr() not in weights: found[storage.data_ptr()] = storage.nbytes(), t
             return t
         ids = torch.zeros(1, tokens, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast('cpu', torch.bfloat16):
@@ -240,7 +243,8 @@ def test_who_learns_from_whom():
     assert known['texts', 'Llama 3.1 licence',
                  'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct', 'deepseek-math-7b-rl']
     assert len(known['scores', 'Qwen licence', 'Qwen2.5-Math-RM-72B']) == 3
-    assert 'Texts of Llama-3.1-8B-Instruct train Qwen2.5-Math-7B-Instruct, deepseek-math-7b-rl: Llama 3.1 licence.' in licence_lines(paper)
+    line = 'Texts of Llama-3.1-8B-Instruct train Qwen2.5-Math-7B-Instruct, deepseek-math-7b-rl: Llama 3.1 licence.'
+    assert line in licence_lines(paper)
     alone = teachers(plan_paper('mars_po', 'paper', 'dpo_nll', reward_model='', order='drawn'))
     assert alone == {} # own answers alone
 
@@ -251,7 +255,8 @@ def test_roles_of_several_families_learn_to_answer_each_other():
     assert known['prompts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct'] == ['Mistral-7B-Instruct-v0.2']
     assert known['prompts', 'Apache-2.0', 'Mistral-7B-Instruct-v0.2'] == ['Llama-3.1-8B-Instruct']
     assert not [what for what, *_ in known if what == 'texts']
-    assert 'Texts of Llama-3.1-8B-Instruct are in the prompts that train Mistral-7B-Instruct-v0.2: Llama 3.1 licence.' in licence_lines(plan)
+    line = 'Texts of Llama-3.1-8B-Instruct are in the prompts that train Mistral-7B-Instruct-v0.2: Llama 3.1 licence.'
+    assert line in licence_lines(plan)
     assert teachers(plan_paper('multiagent_ft', 'paper', 'debate_dpo')) == {} # one model everywhere
 
 
@@ -374,7 +379,8 @@ def test_copies_and_shares_divide_the_time():
     four, one = replace(ONE, gpus=4), work.seconds(ONE) - work.opening(ONE)
     copies, shares = (replace(work, **{how: 4}) for how in ('data_parallel', 'tensor_parallel'))
     assert one/4 <= copies.seconds(four) - copies.opening(four) < 1.05*one/4
-    assert one/4 < shares.seconds(four) - shares.opening(four) < one/2 # what vLLM takes to arrange a step is not divided
+    # what vLLM takes to arrange a step is not divided
+    assert one/4 < shares.seconds(four) - shares.opening(four) < one/2
     assert sum(shares.memory(four)[:1]) == pytest.approx(16_060_522_496/4)
     assert copies.gpus == shares.gpus == 4
 
@@ -384,7 +390,8 @@ def test_an_engine_of_transformers_has_one_batch_of_its_budget():
                      most=256, width=512, token_budget=8192)
     assert work.rows(ONE) == 16
     held = work.memory(ONE)
-    assert (held.weights, held.cache, held.activations) == (16_060_522_496, 16*512*131072, 2*16*256*(3*14336 + 5*4096)) # reading prompts takes more than drawing tokens
+    # reading prompts takes more than drawing tokens
+    assert (held.weights, held.cache, held.activations) == (16_060_522_496, 16*512*131072, 2*16*256*(3*14336 + 5*4096))
     assert work.wrong(ONE) == ''
     assert 'needs the engine vllm' in replace(work, tensor_parallel=2).wrong(replace(ONE, gpus=2))
 
@@ -418,7 +425,8 @@ def test_training_time_is_counted_by_hand():
     start = 2*(60 + 2*8_030_261_248/2e9)
     assert work.seconds(ONE) == pytest.approx(start + 10*16*2000*3*flops/.35e15 + 500*1000*flops/.5e15)
     four = replace(work, launch='fsdp', processes=4).seconds(ONE)
-    assert four == pytest.approx(start + 10*16*2000*3*flops/.35e15/4 + 500*1000*flops/.5e15) # the reference reads on one GPU
+    # the reference reads on one GPU
+    assert four == pytest.approx(start + 10*16*2000*3*flops/.35e15/4 + 500*1000*flops/.5e15)
 
 
 def test_what_is_refused_names_the_shortage_and_what_would_help():
@@ -431,7 +439,8 @@ def test_what_is_refused_names_the_shortage_and_what_would_help():
     assert need - over == pytest.approx(72, abs=1) # three digits each
     with pytest.raises(ValueError, match='Everything fits with -p tensor_parallel=4 -p launch=fsdp -p processes=2$'):
         check_fit(plan, machine('8xH100-80'))
-    with pytest.raises(ValueError, match='Together these do not fit every stage'): check_fit(plan, machine('8xA100-40')) # 28 heads, 8 GPUs
+    # 28 heads, 8 GPUs
+    with pytest.raises(ValueError, match='Together these do not fit every stage'): check_fit(plan, machine('8xA100-40'))
 
 
 def test_what_would_help_does():

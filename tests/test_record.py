@@ -12,7 +12,8 @@ from mapo.figures import plot_arms
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.multiagent_ft import MULTIAGENT_FT
-from mapo.record import _drawn, claims_note, compare_to_record, correct_record, figure_arms, load_record, redraw, save_record
+from mapo.record import (_drawn, claims_note, compare_to_record, correct_record, figure_arms, load_record, redraw,
+                         save_record)
 from written import costs, debates, everything, figures, manifest, record, rows, trees  # noqa: F401 fixtures among them
 
 

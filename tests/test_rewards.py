@@ -228,7 +228,7 @@ def test_only_right_answers_are_ordered():
 @pytest.mark.parametrize('strength', [0., 1.5])
 @pytest.mark.parametrize('problems', [15, 60])
 def test_the_interval_of_the_concordance_covers(strength, problems):
-    "600 simulated tests of rewards whose true concordance is known (normal noise, shifted by the target, problems of differing strength)."
+    "600 simulated tests of rewards of known concordance (normal noise, shifted by the target, problems that differ)."
     from scipy.stats import norm
     rng, hits, differing = np.random.default_rng(1), 0, .5
     truth = norm.cdf(strength/np.sqrt(2 + differing**2))
@@ -249,7 +249,7 @@ def test_reading_answers_needs_no_gold():
 
 
 def random_trees(seed, branching=(3, 3, 3), problems=12):
-    "Trees with few distinct texts, from which a fifth of the branches are missing, in shuffled order with a broken index."
+    "Trees with few distinct texts, a fifth of the branches missing, in shuffled order with a broken index."
     rng, levels, above = np.random.default_rng(seed), [], [(f'p{i}', f'p{i}') for i in range(problems)]
     for level, n in enumerate(branching):
         rows = [dict(turn_id=f'{parent}.{i}', problem_id=problem, parent_ids=[parent] if level else [], round=level,

@@ -1,7 +1,8 @@
-"""The commands of the page on GPU servers, in their order, at a size of seconds and with stand-ins for the cluster and the network.
+"""The commands of the page on GPU servers, in their order, in seconds, with stand-ins for the cluster and the network.
 
-`TINY` says what is run in the place of what the page says. `pip` and `hf` only note down what they were asked for; `sbatch` runs its script
-here, all tasks of an array at once; `srun` runs its command twice at once, as two nodes would.
+`TINY` says what is run in the place of what the page says. `pip` and `hf` only note down what they were asked for;
+`sbatch` runs its script here, all tasks of an array at once; `srun` runs its command twice at once, as two nodes
+would.
 """
 import json
 import os
@@ -35,7 +36,8 @@ STANDINS = {
 given = dict(a.removeprefix('--').partition('=')[::2] for a in args[:-1])
 first, last = given['array'].split('-') if 'array' in given else (0, 0)
 place = lambda i: dict(SLURM_JOB_ID=str(7 + i)) | (dict(SLURM_ARRAY_TASK_ID=str(i)) if 'array' in given else {})
-jobs = [subprocess.Popen(['bash', args[-1]], stdout=sys.stderr, env=os.environ | place(i)) for i in range(int(first), int(last) + 1)]
+jobs = [subprocess.Popen(['bash', args[-1]], stdout=sys.stderr, env=os.environ | place(i))
+        for i in range(int(first), int(last) + 1)]
 if failed := [j.args for j in jobs if j.wait()]: sys.exit(f'{len(failed)} of {len(jobs)} tasks failed')
 print(7 if 'parsable' in given else 'Submitted batch job 7')
 '''}

@@ -12,7 +12,8 @@ from mapo.tables import (arm_label, arm_style, arms, average_diversity, base_arm
                          comparisons_table, flag_failures,
                          flag_selection, flips_table, formatted, markdown, readouts_table, results_table, save_table,
                          show_pairs, show_table, sweep_table)
-from written import costs, debates, everything, hostile, manifest, rows, team, teams, trees  # noqa: F401 fixtures among them
+from written import (costs, debates, everything, hostile, manifest, rows, team,  # noqa: F401 fixtures among them
+                     teams, trees)
 
 
 class Text(html.parser.HTMLParser):
@@ -90,7 +91,8 @@ def test_a_claim_of_several_tests_holds_only_whole():
     assert [*judged.verdict] == ['fails']*2 + ['holds']*2
     assert {*judged.family} == {'further'}
     with_primary = claims_table([claim('dpo')], rows, [('dpo:a', 'base:a')])
-    assert [*with_primary.family] == ['primary', 'further'] and with_primary.p_holm[1] < judged.p_holm[3]  # two families of one test, no family of four
+    # two families of one test, no family of four
+    assert [*with_primary.family] == ['primary', 'further'] and with_primary.p_holm[1] < judged.p_holm[3]
 
 
 def drawn(differences, seeds=3, problems=50):

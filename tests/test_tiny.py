@@ -101,7 +101,7 @@ def test_the_verifier_judges_better_than_chance(said):
 
 
 def test_a_critique_matters_to_the_refiner(said):
-    "Following a flawless verifier is better than having everything approved, and another problem's critique ruins the answer."
+    "Following a flawless verifier beats having everything approved, and another problem's critique ruins the answer."
     steps = [re.split(';|#### ', t) for t in said['base']]
     helped = [verified(operands(q), tuple(s) if len(s) == 5 else ('',)*5, random.Random(0), 0, 0)[1] for q,
               s in zip(QUESTIONS, steps)]

@@ -178,7 +178,7 @@ def differences(first, second): # p-value of a chi-square test: are two lists of
 @real
 @pytest.mark.parametrize('top_p', [1., .9])
 def test_sampled_answers_are_drawn_alike(engine, own, top_p):
-    "Chi-square on whole answers, 1,500 each, to three problems. Its power: the same test tells a temperature of 1.15 from 1."
+    "Chi-square on 1,500 whole answers to each of three problems. Its power: it tells a temperature of 1.15 from 1."
     ps,power = [], []
     for question in ('3+4*5-2*2', '9+2*8-3*2', '5+5*5-5*1'):
         drawn = lambda by, seed, **how: texts(by, [ask(question, seed, 1500)], top_p=top_p, **how)[0]
