@@ -28,9 +28,9 @@ pasting = Team('critics', [Agent(f'crit-{i}', model,
 reading = Team('critics', [Agent(f'crit-{i}', model,
                                  Role('critic', 'A summary of the others: {summary}\n\nAnswer again.')) for i in seats])
 summarizer = Agent('summarizer', model, Role('summarizer', 'Sum up.\n\n{others}'))
-engine = ScriptedEngine(lambda messages,
-                        seed: f'In the morning some, in the afternoon twice as many. That makes three times as many. '
-                              f'#### {3*(seed % 4)}', window=4096)
+engine = ScriptedEngine(
+    lambda messages, seed: f'In the morning some, in the afternoon twice as many. That makes three times as many. '
+                           f'#### {3*(seed % 4)}', window=4096)
 
 def once(critics, summarizer):
     "CPU seconds of one debate, and how many turns it had."

@@ -104,8 +104,8 @@ def main():
             'TRL, reference model': lambda f: plain_trl(model, pairs, settings, f, False),
             'mapo, reference model': lambda f: ours(model, pairs, settings, f, False),}
     for way in ways.values(): with_loop_time(lambda: way(work/'warm'))
-    rows = [(name, *with_loop_time(lambda: way(work/f'{i}-{j}'))) for i in range(args.repeats) for j,
-            (name, way) in enumerate(ways.items())]
+    rows = [(name, *with_loop_time(lambda: way(work/f'{i}-{j}'))) for i in range(args.repeats)
+            for j, (name, way) in enumerate(ways.items())]
     table = pd.DataFrame(rows, columns=['way', 'loop', 'whole'])
     each = {name: g.reset_index(drop=True) for name, g in table.groupby('way', sort=False)}
     ratio = lambda a, b, what: (each[a][what]/each[b][what]).median()

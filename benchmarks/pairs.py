@@ -51,8 +51,8 @@ def generate(folder, n):
             write('scores', pa.table(dict(turn_id=ids, name=[score]*len(i), value=values,
                                           label=pa.array([label]*len(i), pa.string()), scorer_key=['gold-1']*len(i))))
         first = sample == 0
-        asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])] for j,
-                 c in zip(i[first], np.array(contexts)[first])]
+        asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])]
+                 for j, c in zip(i[first], np.array(contexts)[first])]
         write('contexts', pa.table(dict(context_id=np.array(contexts)[first], messages=pa.array(asked, MESSAGES))))
     for writer in writers.values(): writer.close()
 

@@ -92,8 +92,8 @@ def compare(label, name, preset, arms, settings, root):
         raise SystemExit(f'{label}: the run did not go as planned; a model found nothing to learn?')
     rows = []
     for path, log, stage, upper in zip(made.values(), logs, told.planned.values(), most.planned.values()):
-        planned, bound = ([row['work'] for row in plan._rows if row['key'] == key] for plan,
-                          key in ((told, stage.key), (most, upper.key)))
+        planned, bound = ([row['work'] for row in plan._rows if row['key'] == key]
+                          for plan, key in ((told, stage.key), (most, upper.key)))
         if not planned: continue
         rows.append(dict(run=label, stage=stage.stage, planned_s=sum(w.seconds(told.machine) for w in planned),
                          most_s=sum(w.seconds(told.machine) for w in bound), cpu_s=log['cpu_s'],
@@ -169,8 +169,8 @@ def main():
     parts = [f'{machine.flops/1e9:.0f} GFLOP/s and {machine.bandwidth/1e9:.0f} GB/s '
              f'measured by the plan, one thread of {os.cpu_count()} cores, '
              f'{platform.machine()}, load average {os.getloadavg()[0]:.1f}.', summary(table)]
-    parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}' for which,
-                        t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
+    parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}'
+                        for which, t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
                         for what, values in (('Planned time over CPU-seconds', t.planned_s/t.cpu_s),
                                              ('Planned memory over the measured peak', t.planned_mb/t.peak_mb)))]
     parts += ['\n'.join(f"- Without knowing how long texts are, the sum for {run} is "

@@ -26,8 +26,8 @@ def trees(nodes, branching=(3, 3, 3), seed=0):
     for level, n in enumerate(branching):
         ids = [f'{p}.{i}' for p in parents for i in range(n)]
         problems = [p for p in problems for _ in range(n)]
-        contexts += [(f'for {p}', [dict(role='user', content=f'{p}: ' + letters[i % 2**15:][:300])]) for i,
-                     p in enumerate(parents)]
+        contexts += [(f'for {p}', [dict(role='user', content=f'{p}: ' + letters[i % 2**15:][:300])])
+                     for i, p in enumerate(parents)]
         words = [f'{p} {rng.integers(2*n)} ' for p in parents for _ in range(n)]
         levels.append(pd.DataFrame(dict(turn_id=ids, context_id=[f'for {p}' for p in parents for _ in range(n)],
                                         problem_id=problems, split='train', purpose='train', iteration=1, round=level,

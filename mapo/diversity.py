@@ -24,8 +24,8 @@ DIVERSITY_COLUMNS = ['measure', 'problem_id', 'round', 'turn_id', 'agent', 'othe
 
 # %% ../nbs/api/11_diversity.ipynb #8b70a94a
 def _rows(measure, where, value, turn_id='', agent='', other=''):
-    said = {name: column.to_numpy() if isinstance(column, pd.Series) else column for name,
-            column in dict(turn_id=turn_id, agent=agent, other=other, value=value).items()}
+    said = {name: column.to_numpy() if isinstance(column, pd.Series) else column
+            for name, column in dict(turn_id=turn_id, agent=agent, other=other, value=value).items()}
     return pd.DataFrame(dict(measure=measure, problem_id=where['problem_id'].to_numpy(),
                              round=where['round'].to_numpy(), **said))[DIVERSITY_COLUMNS]
 
@@ -68,8 +68,8 @@ def over_problems(
     "The mean of each measure over problems, with an interval whose unit is the problem."
     absent = [c for c in ('measure', 'problem_id', 'value', *by) if c not in values]
     if absent: raise ValueError(f'the values have no column {absent[0]!r}: there are {", ".join(values.columns)}')
-    return pd.DataFrame([_mean_row(dict(zip(('measure', *by), key)), group) for key,
-                         group in values.groupby(['measure', *by], sort=False)])
+    return pd.DataFrame([_mean_row(dict(zip(('measure', *by), key)), group)
+                         for key, group in values.groupby(['measure', *by], sort=False)])
 
 # %% ../nbs/api/11_diversity.ipynb #dc31f7fc
 def _mean_row(key, group):

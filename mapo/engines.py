@@ -133,8 +133,8 @@ class ScriptedEngine:
         "The script's answers."
         lengths = self.prompt_lengths([r.messages for r in requests])
         check_window(self.model_key, self.window, lengths, sampling.max_tokens)
-        return [[self._answer(r, length, r.seed+i, sampling) for i in range(r.n)] for r,
-                length in zip(requests, lengths)]
+        return [[self._answer(r, length, r.seed+i, sampling) for i in range(r.n)]
+                for r, length in zip(requests, lengths)]
 
     def prompt_lengths(self, conversations):
         "Words of each conversation."

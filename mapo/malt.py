@@ -393,8 +393,8 @@ def other_critiques(
         order = rows[np.lexsort((seeded_draw(before['problem_id'], seed), before['sample']))]
         texts[order] = np.roll(texts[order], 1)
     else:
-        texts[rows] = [critique(q, a, kind, text, told == 'right', r) for q, a, kind,
-                       text in zip(asked['question'], asked['answer'], asked['kind'], before['text'])]
+        texts[rows] = [critique(q, a, kind, text, told == 'right', r)
+                       for q, a, kind, text in zip(asked['question'], asked['answer'], asked['kind'], before['text'])]
     return texts
 
 # %% ../nbs/api/22_malt.ipynb #da2939ed
@@ -421,8 +421,8 @@ def critique(
 
 # %% ../nbs/api/22_malt.ipynb #c85ceb1a
 TEMPLATES = ( # a story, its question and answer; what makes it harder, and the new question and answer
-    ('{who} packs {a} crates with {b} jars each. On the way {c} jars break.', 'How many jars arrive?', lambda a, b, c,
-     d: a*b-c,
+    ('{who} packs {a} crates with {b} jars each. On the way {c} jars break.', 'How many jars arrive?',
+     lambda a, b, c, d: a*b-c,
      'Every jar that arrives is sold for {d} coins.', 'How many coins does {who} take?', lambda a, b, c, d: (a*b-c)*d),
     ('{who} reads {a} pages on each of {b} days, and {c} pages on the day after.', 'How many pages has {who} read?',
      lambda a, b, c, d: a*b+c,
@@ -431,12 +431,12 @@ TEMPLATES = ( # a story, its question and answer; what makes it harder, and the 
     ('A hall has {a} rows of {b} seats, of which {c} are broken.', 'How many guests can sit?', lambda a, b, c, d: a*b-c,
      'On {d} evenings the hall is full, and on one more evening it is full but for {c} seats.',
      'How many guests come in all?', lambda a, b, c, d: (a*b-c)*(d+1)-c),
-    ('{who} saves {a} coins a week for {b} weeks and spends {c} of them.', 'How many coins are left?', lambda a, b, c,
-     d: a*b-c,
+    ('{who} saves {a} coins a week for {b} weeks and spends {c} of them.', 'How many coins are left?',
+     lambda a, b, c, d: a*b-c,
      'Then {who} saves {d} coins a week more than before, for two weeks.', 'How many coins does {who} have in the end?',
      lambda a, b, c, d: a*b-c+2*(a+d)),
-    ('A baker fills {a} trays with {b} rolls each and gives {c} rolls away.', 'How many rolls can be sold?', lambda a,
-     b, c, d: a*b-c,
+    ('A baker fills {a} trays with {b} rolls each and gives {c} rolls away.', 'How many rolls can be sold?',
+     lambda a, b, c, d: a*b-c,
      'They are sold in bags of two, and {d} more rolls are sold singly that were left from yesterday.',
      'How many rolls are sold?', lambda a, b, c, d: (a*b-c)//2*2+d))
 
@@ -733,8 +733,8 @@ def tables(
 def _mean(tables, what): # compact rows -> `arm, iteration, WHAT, accuracy, low, high, se, problems, seeds`
     if not tables: return None
     rows = pd.concat(tables, ignore_index=True)
-    return pd.concat([accuracy(own, by=('arm', 'iteration')).assign(**{what: name}) for name,
-                      own in rows.groupby(what)], ignore_index=True)
+    return pd.concat([accuracy(own, by=('arm', 'iteration')).assign(**{what: name})
+                      for name, own in rows.groupby(what)], ignore_index=True)
 
 # `setting, value, arm, accuracy, low, high, se, problems, seeds`; the arm that is varied stands at its own value
 def _sweep(s, by_arm):

@@ -94,8 +94,8 @@ class MarsPO(Settings):
     @property
     def team(self)->Team:
         "The agents before training."
-        return Team('mars_po', [Agent(n, licensed(n, path, self.dtype), Role('generator', self.prompt)) for n,
-                                path in zip(_names(self.agents), self.agents)])
+        return Team('mars_po', [Agent(n, licensed(n, path, self.dtype), Role('generator', self.prompt))
+                                for n, path in zip(_names(self.agents), self.agents)])
 
 # %% ../nbs/api/20_mars_po.ipynb #1d531861
 def _names(paths): # the last part of each path; numbered where a model sits twice
@@ -378,8 +378,8 @@ def tables(
 def _few_pairs(pairs, n=2): # of Mars-PO's first iteration, those whose chosen answer is a colleague's
     first = pairs[(pairs.arm == 'mars_po') & (pairs.iteration == 1)]
     if len(first): first = first[first.seed == first.seed.iloc[0]]
-    kept = [own[own.chosen_agent != own.agent].drop_duplicates('problem_id').head(n) for _,
-            own in first.groupby('agent', sort=False)]
+    kept = [own[own.chosen_agent != own.agent].drop_duplicates('problem_id').head(n)
+            for _, own in first.groupby('agent', sort=False)]
     return pd.concat(kept or [first], ignore_index=True)
 
 # %% ../nbs/api/20_mars_po.ipynb #98436639

@@ -256,10 +256,10 @@ def multiagent_ft(
     for t in range(1, s.iterations+1):
         turns = discuss(run, s, team, problems, 'train', 'train', t, seed, s.rounds if arm.debated else 1)
         scores = credit(run, s, arm, team, turns, problems, seed)
-        fits = [learn(run, s, arm, team, name, agents, turns, scores, seed) for name,
-                agents in learners(s, arm).items()]
-        team = team.with_models({a: model for f in fits if f.training for a,
-                                 model in receivers(s, arm, team, f).items()})
+        fits = [learn(run, s, arm, team, name, agents, turns, scores, seed)
+                for name, agents in learners(s, arm).items()]
+        team = team.with_models({a: model for f in fits if f.training
+                                 for a, model in receivers(s, arm, team, f).items()})
         steps.append(Step(arm, seed, t, problems, *measure(run, s, team, problems, split, t, seed), turns, scores,
                           tuple(fits)))
     return steps
@@ -687,8 +687,8 @@ def _diversity(found):
                      ignore_index=True) if found else None
 
 def _cuts(steps): # contexts that were shortened, in training and in evaluation
-    said = [(step, purpose, a) for step in steps for purpose,
-            a in (('train', step.turns), ('evaluate', step.measured['turns'])) if a]
+    said = [(step, purpose, a) for step in steps
+            for purpose, a in (('train', step.turns), ('evaluate', step.measured['turns'])) if a]
     return pd.DataFrame([step.at() | dict(purpose=purpose, turns=len(a.read('turns')), cut=len(a.read('cuts')),
                                           texts=int(a.read('cuts')['cut'].sum()))
                          for step, purpose, a in said])

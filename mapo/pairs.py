@@ -304,8 +304,8 @@ def take_texts(
 def _block(chunks, starts, rows): # a few rows of a chunked column, in order
     order = rows.argsort(kind='stable')
     parts = np.split(rows[order], np.searchsorted(rows[order], starts[1:-1]))
-    taken = pa.concat_arrays([chunk.take(pa.array(part - start)) for chunk, part,
-                              start in zip(chunks, parts, starts) if len(part)])
+    taken = pa.concat_arrays([chunk.take(pa.array(part - start)) for chunk, part, start in zip(chunks, parts, starts)
+                              if len(part)])
     return taken.take(pa.array(order.argsort()))
 
 # %% ../nbs/api/07_pairs.ipynb #a47d34cc

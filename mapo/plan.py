@@ -674,8 +674,8 @@ def _debate(i, problems, prompt, said):
 
 def _chain(i, problems, prompt, said):
     total = [problems, *accumulate(i['branching'], lambda n, k: n*k, initial=problems)][1:]
-    return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1])) for level,
-            a in enumerate(i['team'])]
+    return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1]))
+            for level, a in enumerate(i['team'])]
 
 def _told(i, problems, prompt, said):
     passes = problems*math.prod(_first(i['turns']).inputs['branching'])
@@ -987,10 +987,10 @@ def licence_lines(
     models,said = {},dict(texts='Texts of {} train', scores='Scores of {} choose what is learnt by',
                           prompts='Texts of {} are in the prompts that train')
     for m in plan.models: models.setdefault(licence(m), []).append(_title(m))
-    return [*(f"{name} ({', '.join(titles)}): {CONDITIONS.get(name, 'read the model card')}." for name,
-              titles in models.items()),
-            *(f"{said[what].format(source)} {', '.join(pupils)}: {name}." for (what, name, source),
-              pupils in teachers(plan).items() if name != 'Apache-2.0')]
+    return [*(f"{name} ({', '.join(titles)}): {CONDITIONS.get(name, 'read the model card')}."
+              for name, titles in models.items()),
+            *(f"{said[what].format(source)} {', '.join(pupils)}: {name}."
+              for (what, name, source), pupils in teachers(plan).items() if name != 'Apache-2.0')]
 
 # %% ../nbs/api/23_plan.ipynb #5dc03555
 class Shortage(NamedTuple):
@@ -1213,8 +1213,8 @@ def totals(
             'disk for trained weights': _gb(tuned.disk.sum()) if len(tuned) else 0,
             'disk for the checkpoint of a running training': _gb(tuned.resume.max()) if tuned.resume.any() else 0,
             'most memory of one stage': f'{_gb(peak.memory)}, {peak.stage} with {peak.model}'}
-    return pd.DataFrame([dict(total=k, value=v if isinstance(v, str) else f'{v:,}') for k,
-                         v in said.items() if isinstance(v, str) or v])
+    return pd.DataFrame([dict(total=k, value=v if isinstance(v, str) else f'{v:,}') for k, v in said.items()
+                         if isinstance(v, str) or v])
 
 def _others(plan): # names and numbers of the stages without a row in the table
     counted = {row['key'] for row in plan._rows}
@@ -1259,8 +1259,8 @@ def describe(
         lists.append((f'Assumptions about {name}', lambda plan: machine_assumptions(plan, on)))
     parts = [Shown(f'<p><b>{escape(plan.name)}</b>: a plan; nothing was started.</p>',
                    f'{printable(plan.name)}: a plan; nothing was started.'),
-             *(_with_title(title, show_table(table, f"plan-{title.lower().replace(' ', '-')}", note)) for title, make,
-               note in tables if len(table := make(plan))),
+             *(_with_title(title, show_table(table, f"plan-{title.lower().replace(' ', '-')}", note))
+               for title, make, note in tables if len(table := make(plan))),
              *(_with_title(title, _list(make(plan))) for title, make in lists)]
     return Shown(''.join(p.html for p in parts), '\n\n'.join(p.text for p in parts))
 

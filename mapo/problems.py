@@ -29,8 +29,8 @@ def _table(rows):
 def _terms(form):
     if not re.fullmatch(r'[a-z]([-+*][a-z])*', form):
         raise ValueError(f"form {form!r} is not single letters joined by + - *: write it like 'a+b*c+d-e*f'")
-    return [(-1 if sign == '-' else 1, product.split('*')) for sign,
-            product in re.findall(r'([-+]?)([a-z](?:\*[a-z])*)', form)]
+    return [(-1 if sign == '-' else 1, product.split('*'))
+            for sign, product in re.findall(r'([-+]?)([a-z](?:\*[a-z])*)', form)]
 
 # %% ../nbs/api/00_problems.ipynb #aa8721db
 SHARES = dict(train=0.6, dev=0.2, test=0.2) # of a form's expressions; this project's choice
@@ -138,8 +138,8 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: give the path of a JSON-lines file')
     lines = path.read_bytes().splitlines() # at \n, \r\n and \r
-    rows = [_checked(f'{path} line {i}', lambda: convert(_row(line))) for i,
-            line in enumerate(lines, 1) if line.strip()]
+    rows = [_checked(f'{path} line {i}', lambda: convert(_row(line))) for i, line in enumerate(lines, 1)
+            if line.strip()]
     if not rows: raise ValueError(f'{path} holds no rows: an empty split cannot be used')
     return rows
 
@@ -171,8 +171,8 @@ def _load(name, split, hub_split, path, hub, convert, configs=(None,)):
     else:
         source, rows = hub, (row for config in configs for row in _hub_rows(hub, config, hub_split))
         found = [_checked(f'{hub} {hub_split} row {i}', convert, row) for i, row in enumerate(rows)]
-    rows = [dict(problem_id=f"{name}/{split}/{i}", solution='', split=split, source=source) | row for i,
-            row in enumerate(found)]
+    rows = [dict(problem_id=f"{name}/{split}/{i}", solution='', split=split, source=source) | row
+            for i, row in enumerate(found)]
     lost = [row['problem_id'] for row in rows if not row['answer']]
     if lost:
         warnings.warn(f"{len(lost)} problems of {source} have no gold answer and are left out: {', '.join(lost[:5])}",
@@ -322,8 +322,8 @@ def from_jsonl(
     if kind not in KINDS: raise ValueError(f"there is no kind {kind!r} of answers: there are {', '.join(KINDS)}")
     rows = read_jsonl(path, lambda row: _own_row(row, question, answer, solution))
     name = f"{path.name}@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    return _table([dict(problem_id=f'{path.stem}/{i}', kind=kind, split='train', source=name) | row for i,
-                   row in enumerate(rows)])
+    return _table([dict(problem_id=f'{path.stem}/{i}', kind=kind, split='train', source=name) | row
+                   for i, row in enumerate(rows)])
 
 def _own_row(row, question, answer, solution):
     missing = [name for name in (question, answer) if row.get(name) in (None, '')]
@@ -376,8 +376,8 @@ def _near(tokens, index):
         earlier = index.get(tuple(tokens[i:i+NGRAM]), ())
         if len(earlier) > BOILERPLATE: continue
         for row in earlier: covered[row] = covered.get(row, 0) | (2**NGRAM - 1) << i
-    return {row: mask.bit_count()/len(tokens) for row,
-            mask in covered.items() if mask.bit_count() > OVERLAP*len(tokens)}
+    return {row: mask.bit_count()/len(tokens) for row, mask in covered.items()
+            if mask.bit_count() > OVERLAP*len(tokens)}
 
 # %% ../nbs/api/00_problems.ipynb #22622fb5
 def find_leaks(
@@ -394,8 +394,8 @@ def find_leaks(
         tokens = {i: [] if generated[i] else texts[i].split() for i in rows}
         for i in rows:
             same = {j: 1. for key in (('id', ids[i]), ('text', texts[i])) for j in index.get(key, ())}
-            leaks += [(ids[j], splits[j], ids[i], split, share) for j,
-                      share in (_near(tokens[i], index) | same).items()]
+            leaks += [(ids[j], splits[j], ids[i], split, share)
+                      for j, share in (_near(tokens[i], index) | same).items()]
         for i in rows:
             grams = {tuple(tokens[i][k:k+NGRAM]) for k in range(len(tokens[i]) - NGRAM + 1)}
             for key in (('id', ids[i]), ('text', texts[i]), *grams): index.setdefault(key, []).append(i)

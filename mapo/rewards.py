@@ -45,13 +45,11 @@ def example_turns(
 )->pd.DataFrame: # turns, with readable ids such as `ada-p1-0`
     "Turns written by hand, for lessons and tests."
     rows = [dict(turn_id=f'{agent}-{problem}-{i}', context_id=f'{agent}-{problem}', problem_id=problem, split='train',
-                 purpose='train',
-                 iteration=0, round=0, seat=seat, agent=agent, role='generator', sample=i, parent_ids=[], text=text,
-                 finish_reason='stop',
-                 prompt_tokens=0, completion_tokens=len(text.split()), seed=0, sampling_key='by hand',
-                 model_key=f'{agent}-1')
-            for seat, (agent, answers) in enumerate(said.items()) for problem, texts in answers.items() for i,
-            text in enumerate(texts)]
+                 purpose='train', iteration=0, round=0, seat=seat, agent=agent, role='generator', sample=i,
+                 parent_ids=[], text=text, finish_reason='stop', prompt_tokens=0, completion_tokens=len(text.split()),
+                 seed=0, sampling_key='by hand', model_key=f'{agent}-1')
+            for seat, (agent, answers) in enumerate(said.items()) for problem, texts in answers.items()
+            for i, text in enumerate(texts)]
     return pd.DataFrame(rows).assign(**columns)
 
 # %% ../nbs/api/06_rewards.ipynb #fcdfdb5f
@@ -353,8 +351,8 @@ def example_tree(
 )->pd.DataFrame: # turns of one problem by their ids: `g`; `v1`, `v2`; `r1` to `r6`
     "A tree written by hand, for lessons and tests."
     levels = [[('g', [], leaves)]]
-    while below := [(parent, child) for parent, _,
-                    children in levels[-1] if isinstance(children, list) for child in children]:
+    while below := [(parent, child) for parent, _, children in levels[-1] if isinstance(children, list)
+                    for child in children]:
         levels.append([(f'{"gvr"[len(levels)]}{i}', [parent], child) for i, (parent, child) in enumerate(below, 1)])
     roles = dict(zip('gvr', ('generator', 'verifier', 'refiner')))
     rows = [dict(turn_id=name, parent_ids=parent, context_id=f"for {''.join(parent)}", round=i, seat=i,
@@ -486,8 +484,8 @@ def reward(
     case = turns.groupby(['problem_id', 'text'], sort=False, dropna=False).ngroup().to_numpy()
     cases = turns[~pd.Series(case, turns.index).duplicated()]
     questions = problem_facts(turns, problems, 'question')['question'][cases['problem_id']]
-    shown = [[*bare_question(q), dict(role='assistant', content=t)] for q,
-             t in zip(questions, cases['text'].fillna(''))]
+    shown = [[*bare_question(q), dict(role='assistant', content=t)]
+             for q, t in zip(questions, cases['text'].fillna(''))]
     value = np.asarray(scorer.score(shown), dtype=float)
     _check_rewards(value, cases, scorer.model_key)
     return score_rows(turns, name, scorer.model_key, value=value[case])

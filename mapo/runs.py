@@ -242,8 +242,8 @@ def _closure(fn): # name -> value
 def _live(thing, own): # (what stands for a function or class that no module holds, what it reaches)
     if isinstance(thing, type):
         members = vars(thing) | {base.__name__: base for base in thing.__bases__}
-        found = {n: _value(None, n, _unwrapped(v), own) for n,
-                 v in members.items() if n not in ('__module__', '__doc__')}
+        found = {n: _value(None, n, _unwrapped(v), own) for n, v in members.items()
+                 if n not in ('__module__', '__doc__')}
         return {n: said for n, (said, _) in found.items()},set().union(*(reached for _, reached in found.values()))
     if not inspect.isfunction(thing): return repr(type(thing)),set()
     node = _source(thing)

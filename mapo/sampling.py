@@ -223,8 +223,8 @@ class Transcript:
     ): self.lines,self.note = [*((m['role'], m['content']) for m in messages), (speaker, text)],note
 
     def __str__(self):
-        return '\n'.join(f'{who}: {printable(text)}' for who,
-                         text in self.lines) + (f'  [{self.note}]' if self.note else '')
+        return '\n'.join(f'{who}: {printable(text)}'
+                         for who, text in self.lines) + (f'  [{self.note}]' if self.note else '')
     __repr__ = __str__
 
     def _repr_html_(self):
@@ -320,8 +320,8 @@ def fit(
             places = [i for i, length in zip(places, lengths) if length+sampling.max_tokens > engine.window]
             for i in places: fitted[i] = fitted[i].shorter()
             places = [i for i in places if fitted[i] is not None]
-    changed = [(a.problem_id, a.round, a.seat, a.agent.role.name, f.cut if f else 0, f is not None) for a,
-               f in zip(asks, fitted) if f is not a]
+    changed = [(a.problem_id, a.round, a.seat, a.agent.role.name, f.cut if f else 0, f is not None)
+               for a, f in zip(asks, fitted) if f is not a]
     return [f for f in fitted if f is not None], pd.DataFrame(changed, columns=CUT_COLUMNS)
 
 # %% ../nbs/api/04_sampling.ipynb #9450c87e
@@ -503,7 +503,7 @@ def sample_tree(
     if len(branching) != len(team):
         raise ValueError(f'branching needs a number for each of {len(team)} roles, not {list(branching)}')
     if min(branching) < 1: raise ValueError(f'branching must be at least 1 everywhere, not {list(branching)}')
-    under = [partial(ask_under, problems=problems, agent=agent, level=level, n=n, seed=seed) for level,
-             (agent, n) in enumerate(zip(team, branching)) if level]
+    under = [partial(ask_under, problems=problems, agent=agent, level=level, n=n, seed=seed)
+             for level, (agent, n) in enumerate(zip(team, branching)) if level]
     first = lambda *_: ask_alone(problems, Team(team.name, list(team)[:1]), branching[0], purpose, iteration, seed)
     return sample_rounds([first, *under], engines, sampling, answers, map_chunks)

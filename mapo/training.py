@@ -349,8 +349,8 @@ class _Recorded:
 
     def _save(self, output_dir=None, state_dict=None):
         tied = getattr(self.model, 'all_tied_weights_keys', {}) # FSDP gathers them twice
-        super()._save(output_dir, state_dict and {name: weights for name,
-                                                  weights in state_dict.items() if name not in tied})
+        super()._save(output_dir,
+                      state_dict and {name: weights for name, weights in state_dict.items() if name not in tied})
 
     def _save_checkpoint(self, model, trial):
         transformers.Trainer._save_checkpoint(self, model, trial)

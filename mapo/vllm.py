@@ -371,8 +371,8 @@ class VLLMEngine(ChatEngine):
             found = self._served.ask(rows, self._work(sampling), count)
         answers = [found[i]*r.n if greedy else found[i] for i, r in enumerate(requests)]
         said = lambda r, p, k, ids, logs: self._completion(ids, len(p), r.seed+k, sampling.stop, logs and tuple(logs))
-        return [[said(r, p, k, *answer) for k, answer in enumerate(same)] for r, p,
-                same in zip(requests, prompts, answers)]
+        return [[said(r, p, k, *answer) for k, answer in enumerate(same)]
+                for r, p, same in zip(requests, prompts, answers)]
 
     def _work(self, sampling): # in vLLM's words
         names = 'temperature', 'top_p', 'max_tokens', 'top_k', 'min_p', 'repetition_penalty'

@@ -45,8 +45,8 @@ def verdicts_of_math_verify(rows):
 
 def mistakes(verdicts, rows):
     "False accepts and false refusals."
-    return Counter('accepts' if verdict else 'refusals' for verdict,
-                   (*_, right) in zip(verdicts, rows) if verdict != right)
+    return Counter('accepts' if verdict else 'refusals' for verdict, (*_, right) in zip(verdicts, rows)
+                   if verdict != right)
 
 
 def test_free_answers_get_the_verdict_of_a_careful_teacher(grader):
@@ -337,8 +337,8 @@ def test_decisions_without_math_verify_agree_with_it(public, grader):
 
 
 def test_a_text_that_is_refused_for_what_is_chosen_in_it_is_refused_when_it_is_read(public, monkeypatch):
-    rows = [(gold, text) for gold, text,
-            _ in [*hand_written(), *later()]] + list(zip(public.answer, public.solution))[1319:1400]
+    rows = [(gold, text) for gold, text, _ in [*hand_written(),
+                                               *later()]] + list(zip(public.answer, public.solution))[1319:1400]
     golds = [canonical_answer(gold, 'math') for gold, _ in rows]
     texts = [' '.join(text.split())[-300:] for _, text in rows]
     cases = [(golds[(i + shift) % len(golds)], t) for i, t in enumerate(texts) if _prose(t) for shift in (0, 7, 31, 90)]
@@ -402,8 +402,8 @@ def test_a_question_that_takes_too_long_need_not_cost_its_worker():
 def test_classes_close_over_what_is_equal_and_compare_no_more_than_they_must(monkeypatch):
     asked = []
     equal = {('x!', 'y!'), ('y!', 'z!')}
-    monkeypatch.setattr(_Worker, 'ask', lambda self, gold,
-                        answer: asked.append((gold, answer)) or (gold, answer) in equal)
+    monkeypatch.setattr(_Worker, 'ask',
+                        lambda self, gold, answer: asked.append((gold, answer)) or (gold, answer) in equal)
     with Grader() as grader:
         assert grader.classes([['z!', 'x!', 'y!', 'w!'], ['x!', 'w!'], ['7', '8']],
                               ['math']*3) == [{'z!': 'x!', 'x!': 'x!', 'y!': 'x!', 'w!': 'w!'},

@@ -98,8 +98,8 @@ def test_nll_is_the_log_softmax_at_each_token_whatever_the_batch(spoken):
     tokens = response_tokens(tokenizer, turns, contexts)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in tokens.completion_ids]
     assert ends == [True, False]*3, 'the end token belongs to finished responses alone'
-    wanted = [-logits(net, c, a)[range(len(a)), a].mean().item() for c,
-              a in zip(tokens.prompt_ids, tokens.completion_ids)]
+    wanted = [-logits(net, c, a)[range(len(a)), a].mean().item()
+              for c, a in zip(tokens.prompt_ids, tokens.completion_ids)]
     for budget in (1, 200, 16384):
         np.testing.assert_allclose(nll_under(CARRIES, turns, contexts, budget).value, wanted, atol=1e-4)
 

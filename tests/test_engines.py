@@ -231,8 +231,8 @@ def adapter(folder, seed=0, base='tiny:products', **settings):
 
 def answers(engine):
     requests = [ask(q, seed=i, n=2) for i, q in enumerate(QUESTIONS[:8])]
-    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40)) for t,
-            p in ((0, 1), (1., 1), (1.5, .8))]
+    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40))
+            for t, p in ((0, 1), (1., 1), (1.5, .8))]
 
 
 def fresh(model):
@@ -270,8 +270,8 @@ def test_the_base_keeps_its_weights_and_its_logits_bit_by_bit(adapted):
     before,weights = logits(),{name: w.clone() for name, w in engine._net.state_dict().items()}
     for model in adapted: assert engine.switch(model) and not torch.equal(logits(), before)
     assert engine.switch(PRODUCTS) and torch.equal(logits(), before)
-    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w for name,
-             w in engine._net.state_dict().items() if '.lora_' not in name}
+    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w
+             for name, w in engine._net.state_dict().items() if '.lora_' not in name}
     assert after.keys() == weights.keys() and all(torch.equal(w, after[name]) for name, w in weights.items())
 
 
@@ -319,15 +319,15 @@ def test_adapters_of_another_base_are_refused_by_name_and_the_engine_goes_on(ada
     adapter(tmp_path/'sibling', base='tiny:borrows')
     refused(tmp_path/'sibling', 'does not fit tiny:products: it was trained on .*, which has other weights')
     adapter(unnamed_folder := tmp_path/'deeper')
-    rewrite(unnamed(unnamed_folder), lambda m: m | {name.replace('layers.0', 'layers.9'): w.clone() for name,
-                                                    w in m.items() if 'layers.0' in name})
+    rewrite(unnamed(unnamed_folder), lambda m: m
+            | {name.replace('layers.0', 'layers.9'): w.clone() for name, w in m.items() if 'layers.0' in name})
     refused(unnamed_folder, 'does not fit tiny:products: 14 of its .* matrices have no place there, first .*layers.9')
     adapter(tmp_path/'torn')
     rewrite(tmp_path/'torn', lambda m: {name: w for name, w in m.items() if 'layers.0.mlp' not in name})
     refused(tmp_path/'torn', 'does not fit tiny:products: it lacks 6 of the 28 matrices')
     adapter(tmp_path/'wider')
-    rewrite(unnamed(tmp_path/'wider'), lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name,
-                                                  w in m.items()})
+    rewrite(unnamed(tmp_path/'wider'),
+            lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name, w in m.items()})
     refused(tmp_path/'wider', 'does not fit tiny:products: size mismatch for .*lora_A')
     adapter(tmp_path/'foreign')
     config = json.loads((tmp_path/'foreign'/'adapter_config.json').read_text())

@@ -178,8 +178,8 @@ def test_bootstrap_covers():
     rng = np.random.default_rng(7)
     q = rng.beta(2, 1, (600, 150))
     d = (rng.binomial(6, q) - rng.binomial(6, q))/6
-    hits = [b.low[0] <= 0 <= b.high[0] for b in (paired_bootstrap(x[None], resamples=500, seed=i) for i,
-                                                 x in enumerate(d))]
+    hits = [b.low[0] <= 0 <= b.high[0]
+            for b in (paired_bootstrap(x[None], resamples=500, seed=i) for i, x in enumerate(d))]
     assert .92 <= np.mean(hits) <= .98  # 600 runs: one standard error is .009
     same = paired_bootstrap(np.full((2, 20), .25))
     assert same.low[0] == same.high[0] == .25

@@ -157,8 +157,8 @@ def test_two_processes_compute_what_one_does(initial, untied, table, undisturbed
 
 @pytest.mark.slow
 def test_one_launched_process_writes_the_bytes_of_none(initial, table, tmp_path, capfd):
-    one,none = (train('dpo', initial, table, tmp_path/name, launch=launch) for name,
-                launch in [('one', Launch('ddp', 1)), ('none', Launch())])
+    one,none = (train('dpo', initial, table, tmp_path/name, launch=launch)
+                for name, launch in [('one', Launch('ddp', 1)), ('none', Launch())])
     assert one.log.equals(none.log) and one.counts == none.counts
     assert one.model == replace(none.model, path=str(tmp_path/'one'))
     assert one.cost.keys() == none.cost.keys() and one.cost['tokens'] == none.cost['tokens']

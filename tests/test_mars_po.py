@@ -67,8 +67,8 @@ def every(runs):
 
 @pytest.mark.slow
 def test_arms_share_the_samples_they_have_in_common(every):
-    keys = lambda same: {step.turns.key for arm,
-                         step in every[1].items() if step.turns and arm.endswith('_same') == same}
+    keys = lambda same: {step.turns.key for arm, step in every[1].items()
+                         if step.turns and arm.endswith('_same') == same}
     assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
 
 

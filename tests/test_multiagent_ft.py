@@ -73,8 +73,8 @@ def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(runs):
 
 def test_agents_that_all_fail_to_answer_have_no_majority_and_teach_nothing(tmp_path, monkeypatch):
     generate = TransformersEngine.generate
-    monkeypatch.setattr(TransformersEngine, 'generate', lambda self, requests,
-                        sampling: [[replace(c, text='') for c in cs] for cs in generate(self, requests, sampling)])
+    monkeypatch.setattr(TransformersEngine, 'generate', lambda self, requests, sampling: [
+        [replace(c, text='') for c in cs] for cs in generate(self, requests, sampling)])
     settings,run = small(),Run('mute', {}, root=tmp_path)
     [step] = multiagent_ft(run, settings, arm('multiagent_ft'), 0, run.stage(make_problems, **settings.problem_set()),
                            'dev')

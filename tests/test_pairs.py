@@ -58,8 +58,8 @@ def test_pairs_are_what_the_rules_say(name, seed):
     asked = set(turns.problem_id[turns.agent == 'ada'])
     expected = {(p, w, l) for p in asked for w, l in product(right[p], wrong[p]) if w != l}
     table, counts = build(turns, contexts, 'ada', EVERY)
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
-           r in zip(table.problem_id, table.chosen, table.rejected)]
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip())
+           for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) == expected
     assert (table.context_id == 'ada-' + table.problem_id).all()
     assert all(prompt == [dict(role='user', content=f'ask {c}')] for prompt, c in zip(table.prompt, table.context_id))
@@ -84,8 +84,8 @@ def test_every_exclusion_is_counted(name, selection):
     assert total['problems'] == turns[selection.by].nunique()
     fate = counts.set_index(['part', 'fate'])['count']
     assert fate['pairs', 'paired'] == len(table) and fate['problems', 'paired'] == table[selection.by].nunique()
-    chosen, rejected = (f(turns, a, selection).table[selection.by].value_counts() for f,
-                        a in zip((winners, losers), [*BUILDERS[name][1:]]))
+    chosen, rejected = (f(turns, a, selection).table[selection.by].value_counts()
+                        for f, a in zip((winners, losers), [*BUILDERS[name][1:]]))
     assert total['pairs'] == (chosen*rejected).sum()
     assert (counts['count'] > 0).all() and (counts.agent == 'ada').all()
 
@@ -121,10 +121,10 @@ def test_ranked_only_takes_the_highest_reward_right_or_wrong(seed):
     best, wrong = slowly_best(turns, 2), slowly(turns, ['ada'], False)
     asked = set(turns.problem_id[turns.agent == 'ada'])
     table, counts = hybrid_pairs(turns, contexts, 'ada', selection)
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
-           r in zip(table.problem_id, table.chosen, table.rejected)]
-    assert len(got) == len(set(got)) and set(got) == {(p, w, l) for p in asked for w,
-                                                      l in product(best[p], wrong[p]) if w != l}
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip())
+           for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
+    assert len(got) == len(set(got))
+    assert set(got) == {(p, w, l) for p in asked for w, l in product(best[p], wrong[p]) if w != l}
     assert 'wrong' not in set(counts.query("part == 'chosen'").fate)
     assert counts.query("part == 'chosen'")['count'].sum() == len(turns)
     assert losers(turns, ['ada'],
@@ -139,11 +139,11 @@ def test_reward_pairs_are_right_over_wrong_under_the_bare_question(selection):
     table, counts = reward_pairs(turns, problems, selection)
     right, wrong = slowly(turns, AGENTS, True), slowly(turns, AGENTS, False)
     everything = {(p, w, l) for p in right for w, l in product(right[p], wrong[p]) if w != l}
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
-           r in zip(table.problem_id, table.chosen, table.rejected)]
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip())
+           for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) <= everything and (selection != EVERY or set(got) == everything)
-    assert all(prompt == [dict(role='user', content=f'what is {p}')] for prompt,
-               p in zip(table.prompt, table.problem_id))
+    assert all(prompt == [dict(role='user', content=f'what is {p}')]
+               for prompt, p in zip(table.prompt, table.problem_id))
     assert (table.agent == '').all() and (table.context_id == '').all() and set(table.chosen_agent) == set(AGENTS)
     total = counts.groupby('part')['count'].sum()
     assert total['chosen'] == total['rejected'] == len(turns) and total['problems'] == turns.problem_id.nunique()

@@ -149,8 +149,8 @@ def test_agreement_with_a_vote_that_is_written_otherwise():
 
 def test_numbers_are_compared_without_math_verify(monkeypatch):
     monkeypatch.setattr('mapo.answers._Worker.ask', lambda *_: 1/0)
-    said = example_turns({a: {'p1': [t], 'p2': ['7']} for a,
-                          t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
+    said = example_turns({a: {'p1': [t], 'p2': ['7']}
+                          for a, t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
     votes = vote(said.assign(answer=said.text), PROBLEMS)
     assert votes.answer.tolist() == ['1/3', '7'] and votes.share.tolist() == [.5, 1]
 

@@ -98,8 +98,8 @@ def numbers(n):
 def test_a_full_disk_is_one_sentence_and_leaves_finished_work(tmp_path, monkeypatch, capsys):
     run = Run('full', {}, root=tmp_path)
     kept = run.stage(numbers, n=3)
-    monkeypatch.setattr('pyarrow.parquet.write_table', lambda table, path,
-                        **_: open('/dev/full', 'wb', buffering=0).write(b'x'))
+    monkeypatch.setattr('pyarrow.parquet.write_table',
+                        lambda table, path, **_: open('/dev/full', 'wb', buffering=0).write(b'x'))
     with pytest.raises(OSError, match='the disk of .* is full: free some space and give the same command again'):
         run.stage(numbers, n=4)
     monkeypatch.undo()

