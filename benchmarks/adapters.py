@@ -3,10 +3,10 @@
     python benchmarks/adapters.py [MODEL] [--agents 6] [--rank 16] [--repeats 3] [--no-training]
 
 MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Six adapters (all linear layers of
-attention and MLP) are written beside six full models, which are the base with one of the adapters merged in. Each way of
-holding agents gets a process of its own. Its private resident memory is read after the imports, after loading, and after
-every agent has answered sixteen questions twice; what it grew by since the imports is what the agents cost. Pages of
-mapped files count, memory that was freed does not. Training is measured in the same way, and by its peak.
+attention and MLP) are written beside six full models, which are the base with one of the adapters merged in. Each way
+of holding agents gets a process of its own. Its private resident memory is read after the imports, after loading, and
+after every agent has answered sixteen questions twice; what it grew by since the imports is what the agents cost.
+Pages of mapped files count, memory that was freed does not. Training is measured in the same way, and by its peak.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -86,7 +86,9 @@ def measure(way, folder, path, agents):
             between = time.perf_counter()
             completions = engine.generate(asked, sampling)
             if turn:
-                switching,answering,tokens = switching+between-began,answering+time.perf_counter()-between,tokens+sum(c[0].completion_tokens for c in completions)
+                switching = switching+between-began
+                answering = answering+time.perf_counter()-between
+                tokens = tokens+sum(c[0].completion_tokens for c in completions)
     print(json.dumps(dict(imports=before, loaded=loaded-before, answered=private()-before, peak=peak()-at_first,
                           loading=loading,
                           switch=switching/len(models), speed=tokens/answering)))
@@ -152,8 +154,8 @@ def holding(args, folder):
                      'loading, s': f'{r.loading:.2f}',
                      'a switch, ms': f'{1000*r.switch:.1f}' if way == 'adapters' else '',
                      'tokens/s': f'{r.speed:,.0f}'})
-    return pd.DataFrame(rows), results['adapters'].answered/one.answered, [r['answered']
-                                                                           for r in found['adapters']], one
+    return (pd.DataFrame(rows), results['adapters'].answered/one.answered, [r['answered'] for r in found['adapters']],
+            one)
 
 
 def training(args, folder, one):
@@ -189,14 +191,18 @@ def main():
         folder = Path(name)
         size,extra = prepare(folder, args.model, args.agents, args.rank)
         table,ratio,spread,one = holding(args, folder)
-        lines = [f'{size/1e6:,.1f} M parameters, float32; rank {args.rank} on all linear layers, {extra/1e6:,.2f} M parameters an adapter ({extra/size:.1%} of the base).',
+        lines = [f'{size/1e6:,.1f} M parameters, float32; rank {args.rank} on all linear layers, '
+                 f'{extra/1e6:,.2f} M parameters an adapter ({extra/size:.1%} of the base).',
                  '', markdown(table), '',
-                 f'{args.agents} adapters in at most {TARGET} times the memory of one model: {"kept" if ratio <= TARGET else "MISSED"} at {ratio:.2f} '
-                 f'(over the repeats {min(spread)/one.answered:.2f} to {max(spread)/one.answered:.2f}); the matrices '
-                 f'alone would be {1+args.agents*extra/size:.2f}.']
+                 f'{args.agents} adapters in at most {TARGET} times the memory of one model: '
+                 f'{"kept" if ratio <= TARGET else "MISSED"} at {ratio:.2f} (over the repeats '
+                 f'{min(spread)/one.answered:.2f} to {max(spread)/one.answered:.2f}); the '
+                 f'matrices alone would be {1+args.agents*extra/size:.2f}.']
         if not args.no_training: lines += ['', markdown(training(args, folder, one))]
-    lines += ['', f'{args.repeats} repeats, interleaved, medians (training: once); {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end; '
-              f'torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.']
+    lines += ['', f'{args.repeats} repeats, interleaved, medians (training: once); '
+                  f'{torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {platform.machine()}, '
+                  f'load average {os.getloadavg()[0]:.1f} at the end; torch {torch.__version__}, '
+                  f'transformers {transformers.__version__}, peft {peft.__version__}.']
     print('\n'.join(lines))
 
 

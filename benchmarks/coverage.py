@@ -2,11 +2,11 @@
 
     python benchmarks/coverage.py [--runs 4000] [--out benchmarks/coverage.md]
 
-Two equal arms answer the same problems under the same seeds. On the scale of log-odds an answer's chance is the sum of what makes
-a problem hard for all, what makes it hard for an arm, what a seed does to an arm, and the luck of an arm's seed with a problem. The
-spreads are those of the published records. From each simulated run come the interval of one arm's accuracy, which ought to hold its
-true value, and the test of the difference, which ought to be significant in 5 % of runs; the interval of the difference, which is the
-same test, holds zero in all others.
+Two equal arms answer the same problems under the same seeds. On the scale of log-odds an answer's chance is the sum
+of what makes a problem hard for all, what makes it hard for an arm, what a seed does to an arm, and the luck of an
+arm's seed with a problem. The spreads are those of the published records. From each simulated run come the interval
+of one arm's accuracy, which ought to hold its true value, and the test of the difference, which ought to be
+significant in 5 % of runs; the interval of the difference, which is the same test, holds zero in all others.
 """
 import argparse, platform, time
 from itertools import product
@@ -36,14 +36,14 @@ def answers(rng, runs, p, seeds, problems, between, kind):
     "Share right of each problem: (runs, 2 arms, seeds, problems)."
     n, hard, own, luck = KINDS[kind]
     draw = lambda spread, *shape: spread*rng.standard_normal((runs, *shape), dtype=np.float32)
-    odds = draw(hard, 1, 1, problems) + draw(own, 2, 1, problems) + draw(between, 2, seeds, 1) + draw(luck, 2, seeds,
-                                                                                                      problems)
+    odds = (draw(hard, 1, 1, problems) + draw(own, 2, 1, problems) + draw(between, 2, seeds, 1)
+            + draw(luck, 2, seeds, problems))
     chance = special.expit(odds + np.float32(intercept(p, np.sqrt(hard**2 + own**2 + between**2 + luck**2))))
     return (rng.random(chance.shape, dtype=np.float32) < chance).astype(float) if n == 1 else rng.binomial(n, chance)/n
 
 
 def others(d):
-    "How often three other rules call a difference significant: t over seeds, t over problems, and ours with Satterthwaite's weights."
+    "How often other rules find a difference significant: t over seeds or problems, ours with Satterthwaite's weights."
     seeds, problems = d.shape[-2:]
     m, a, b, e = variation(d)
     rest = np.maximum(b - e, 0)
@@ -82,15 +82,23 @@ def page(table, runs, cpu):
 
 `python benchmarks/coverage.py --out benchmarks/coverage.md`
 
-Two equal arms, {runs:,} simulated runs in each of {len(table)} settings: {len(SEEDS)} spreads between seeds ({", ".join(f"{s:g}" for s in SEEDS)} in log-odds) times {len(KINDS)} kinds of answers ({"; ".join(KINDS)}). In each cell the mean over these {len(SEEDS)*len(KINDS)} settings and, in brackets, the least and the most, in percent. One setting's coverage is known to ±{error(.95):.1f}, its level likewise (one standard error), so the least and the most of nine lie some {1.5*error(.95):.1f} further out than the true ones.
+Two equal arms, {runs:,} simulated runs in each of {len(table)} settings: {len(SEEDS)} spreads between seeds \
+({", ".join(f"{s:g}" for s in SEEDS)} in log-odds) times {len(KINDS)} kinds of answers ({"; ".join(KINDS)}). In each \
+cell the mean over these {len(SEEDS)*len(KINDS)} settings and, in brackets, the least and the most, in percent. One \
+setting's coverage is known to ±{error(.95):.1f}, its level likewise (one standard error), so the least and the most \
+of nine lie some {1.5*error(.95):.1f} further out than the true ones.
 
-**Coverage** is how often the 95 % interval of an arm's accuracy holds the true value; **level**, how often equal arms differ significantly at 5 %. Both by the suite's model (`mapo.intervals`). Beside it, the level of other rules on the same differences: Student's t over seeds' means, Student's t over problems' means, and the suite's variance with Satterthwaite's degrees of freedom.
+**Coverage** is how often the 95 % interval of an arm's accuracy holds the true value; **level**, how often equal arms \
+differ significantly at 5 %. Both by the suite's model (`mapo.intervals`). Beside it, the level of other rules on the \
+same differences: Student's t over seeds' means, Student's t over problems' means, and the suite's variance with \
+Satterthwaite's degrees of freedom.
 
 | p | seeds | problems | **coverage** | **level** | t over seeds | t over problems | Satterthwaite |
 |--:|--:|--:|--:|--:|--:|--:|--:|
 ''' + '\n'.join(rows) + f'''
 
-Coverage above 97 % (by more than two standard errors): {named(wide, 'coverage')}. Below 93 %: {named(narrow, 'coverage')}. Level outside 4-6 % (by more than two standard errors): {named(far, 'level')}.
+Coverage above 97 % (by more than two standard errors): {named(wide, 'coverage')}. Below 93 %: \
+{named(narrow, 'coverage')}. Level outside 4-6 % (by more than two standard errors): {named(far, 'level')}.
 
 {cpu:.0f} CPU-seconds of one thread. Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}.
 '''

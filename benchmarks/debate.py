@@ -16,7 +16,8 @@ parser.add_argument('--repeats', type=int, default=3)
 parser.add_argument('--profile', action='store_true')
 args = parser.parse_args()
 
-QUESTION = 'A baker sells {} loaves in the morning and twice as many in the afternoon. How many loaves is that in a day?'
+QUESTION = (
+    'A baker sells {} loaves in the morning and twice as many in the afternoon. How many loaves is that in a day?')
 problems = pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(args.problems)],
                              question=[QUESTION.format(i) for i in range(args.problems)], kind='number', split='train'))
 model,seats = Model('m', 'tiny:base'),range(args.seats)
@@ -27,9 +28,9 @@ pasting = Team('critics', [Agent(f'crit-{i}', model,
 reading = Team('critics', [Agent(f'crit-{i}', model,
                                  Role('critic', 'A summary of the others: {summary}\n\nAnswer again.')) for i in seats])
 summarizer = Agent('summarizer', model, Role('summarizer', 'Sum up.\n\n{others}'))
-engine = ScriptedEngine(lambda messages,
-                        seed: f'In the morning some, in the afternoon twice as many. That makes three times as many. '
-                              f'#### {3*(seed % 4)}', window=4096)
+engine = ScriptedEngine(
+    lambda messages, seed: f'In the morning some, in the afternoon twice as many. That makes three times as many. '
+                           f'#### {3*(seed % 4)}', window=4096)
 
 def once(critics, summarizer):
     "CPU seconds of one debate, and how many turns it had."
@@ -48,7 +49,8 @@ if args.profile:
     profile.runcall(once, pasting, None)
     pstats.Stats(profile).sort_stats('tottime').print_stats(18)
 else:
-    print(f'{args.problems:,} problems, {args.seats} seats, {args.rounds} rounds, best of {args.repeats}\n\n| debate | turns | turns per CPU second |\n|---|---|---|')
+    print(f'{args.problems:,} problems, {args.seats} seats, {args.rounds} rounds, best of '
+          f'{args.repeats}\n\n| debate | turns | turns per CPU second |\n|---|---|---|')
     turns = show('answers pasted', pasting, None)
     show('with summaries', reading, summarizer)
     answers = read_answers(turns, problems)

@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dpo_step.py [--updates 60] [--repeats 5]
 
-A random model of 0.2 M parameters, 16 pairs an update, float32 on one CPU thread. All ways train on the same pairs (each
-trainer in its own seeded order) and take turns within one run, so that a noisy minute hits all of them. CPU-seconds, not wall time;
-medians over the repeats, of ratios too: each is of two runs that followed one another. `step` is the training loop divided by its updates; `whole` is the call with
-everything around it: loading, tokenizing, the reference, saving.
+A random model of 0.2 M parameters, 16 pairs an update, float32 on one CPU thread. All ways train on the same pairs
+(each trainer in its own seeded order) and take turns within one run, so that a noisy minute hits all of them.
+CPU-seconds, not wall time; medians over the repeats, of ratios too: each is of two runs that followed one another.
+`step` is the training loop divided by its updates; `whole` is the call with everything around it: loading,
+tokenizing, the reference, saving.
 """
 import argparse, contextlib, io, tempfile, time
 from pathlib import Path
@@ -95,19 +96,16 @@ def main():
     work = Path(tempfile.mkdtemp())
     model,pairs,settings = make_model(work/'model'),make_pairs(320),DPO(learning_rate=1e-3, updates=args.updates)
     nll = DPO(learning_rate=1e-3, updates=args.updates, alpha=0.2)
-    ways = {
-        'TRL, precomputed reference': lambda f: plain_trl(model, pairs, settings, f, True),
-        'mapo, reference as a table': lambda f: ours(model, pairs, settings, f, True),
-        'TRL, precomputed reference, sigmoid + sft': lambda f: plain_trl(model, pairs, settings, f, True,
-                                                                         loss_type=['sigmoid', 'sft'],
-                                                                         loss_weights=[1., 0.2]),
-        'mapo, reference as a table, alpha 0.2': lambda f: ours(model, pairs, nll, f, True),
-        'TRL, reference model': lambda f: plain_trl(model, pairs, settings, f, False),
-        'mapo, reference model': lambda f: ours(model, pairs, settings, f, False),
-    }
+    ways = {'TRL, precomputed reference': lambda f: plain_trl(model, pairs, settings, f, True),
+            'mapo, reference as a table': lambda f: ours(model, pairs, settings, f, True),
+            'TRL, precomputed reference, sigmoid + sft': lambda f: plain_trl(
+        model, pairs, settings, f, True, loss_type=['sigmoid', 'sft'], loss_weights=[1., 0.2]),
+            'mapo, reference as a table, alpha 0.2': lambda f: ours(model, pairs, nll, f, True),
+            'TRL, reference model': lambda f: plain_trl(model, pairs, settings, f, False),
+            'mapo, reference model': lambda f: ours(model, pairs, settings, f, False),}
     for way in ways.values(): with_loop_time(lambda: way(work/'warm'))
-    rows = [(name, *with_loop_time(lambda: way(work/f'{i}-{j}'))) for i in range(args.repeats) for j,
-            (name, way) in enumerate(ways.items())]
+    rows = [(name, *with_loop_time(lambda: way(work/f'{i}-{j}'))) for i in range(args.repeats)
+            for j, (name, way) in enumerate(ways.items())]
     table = pd.DataFrame(rows, columns=['way', 'loop', 'whole'])
     each = {name: g.reset_index(drop=True) for name, g in table.groupby('way', sort=False)}
     ratio = lambda a, b, what: (each[a][what]/each[b][what]).median()

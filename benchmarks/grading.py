@@ -2,10 +2,11 @@
 
     python benchmarks/grading.py [SAMPLES.jsonl] [--repeats 3] [--out benchmarks/grading.md]
 
-Verdicts are compared with a careful teacher's, whose cases are committed (tests/free_answers.py), and speed on simulated
-answers to GSM8K's and MATH-500's test sets, on college-level matrices, and on SAMPLES.jsonl, if given: what a model
-wrote, one object a line with `gold`, `text` and `kind` (`number`, `math` or `choice`). The test sets are read from the
-folder MAPO_SHARED_DATA or ../shared/data beside the repository; without it, what needs them is left out, and it is said.
+Verdicts are compared with a careful teacher's, whose cases are committed (tests/free_answers.py), and speed on
+simulated answers to GSM8K's and MATH-500's test sets, on college-level matrices, and on SAMPLES.jsonl, if given: what
+a model wrote, one object a line with `gold`, `text` and `kind` (`number`, `math` or `choice`). The test sets are read
+from the folder MAPO_SHARED_DATA or ../shared/data beside the repository; without it, what needs them is left out, and
+it is said.
 
 Each measurement is a process of its own (`--only mapo [--warm] SAMPLES.jsonl`), so that none profits from what another
 left in a cache. It imports what it needs and nothing else, and grades the samples.
@@ -112,7 +113,7 @@ def written(entries, style='pmatrix'):
 
 
 def matrices(n_golds=20, seed=0):
-    "Gold answers that are a matrix, a sum, a product or a list of them, and eight answers to each, of which one to three are right."
+    "Gold answers: a matrix, a sum, a product or a list of them; eight answers to each, one to three of them right."
     import numpy as np, pandas as pd
     rng, rows = np.random.default_rng(seed), []
     for i in range(n_golds):

@@ -2,8 +2,8 @@
 
     python benchmarks/pairs.py [--turns 10000 100000 1000000] [--out benchmarks/pairs.md]
 
-Turns, scores and contexts are generated into a scratch folder. A fresh process then reads them, joins the scores, builds
-Mars-PO's pairs for each of three agents and writes each agent's pairs, all as Parquet. Time inside the library
+Turns, scores and contexts are generated into a scratch folder. A fresh process then reads them, joins the scores,
+builds Mars-PO's pairs for each of three agents and writes each agent's pairs, all as Parquet. Time inside the library
 is reported apart from reading and writing. At the end `datasets` and TRL read what was written.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
@@ -51,8 +51,8 @@ def generate(folder, n):
             write('scores', pa.table(dict(turn_id=ids, name=[score]*len(i), value=values,
                                           label=pa.array([label]*len(i), pa.string()), scorer_key=['gold-1']*len(i))))
         first = sample == 0
-        asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])] for j,
-                 c in zip(i[first], np.array(contexts)[first])]
+        asked = [[dict(role='user', content=f'{c}: ' + letters[j % 2**19:][:300])]
+                 for j, c in zip(i[first], np.array(contexts)[first])]
         write('contexts', pa.table(dict(context_id=np.array(contexts)[first], messages=pa.array(asked, MESSAGES))))
     for writer in writers.values(): writer.close()
 
@@ -101,11 +101,12 @@ def check(folder):
     from trl import is_conversational
     data = datasets.load_dataset('parquet', data_files=str(folder/'pairs-ada.parquet'), cache_dir=str(folder/'cache'),
                                  split='train')
-    assert is_conversational(data[0]) and data[0]['chosen'][0]['role'] == 'assistant' and data[0]['prompt'][0]['role'] == 'user'
+    assert is_conversational(data[0]) and data[0]['chosen'][0]['role'] == 'assistant'
+    assert data[0]['prompt'][0]['role'] == 'user'
     frame = pd.read_parquet(folder/'pairs-ada.parquet')
-    assert len(frame) == len(data) and (frame.chosen.iloc[-1][0]['content'],
-                                        *frame.chosen_id[:1]) == (data[-1]['chosen'][0]['content'],
-                                                                  data[0]['chosen_id'])
+    assert len(frame) == len(data)
+    assert (frame.chosen.iloc[-1][0]['content'],
+            *frame.chosen_id[:1]) == (data[-1]['chosen'][0]['content'], data[0]['chosen_id'])
     print(f'datasets {datasets.__version__} reads {len(data):,} rows, and TRL calls them conversational')
 
 
@@ -122,29 +123,29 @@ def report(rows, command, read_by):
     import pandas, pyarrow
     lines = ['# From scored turns to pairs', '',
              f'`{command}`', '',
-             f'Mars-PO pairs (everybody\'s right answers x own wrong ones) for three agents: 2 x 2 answers and 4 pairs '
-             f'a '
-             f'problem, as the experiment takes; last line: 4 x 4 and 8 pairs. {SAMPLES} answers a problem and agent, ' 
-             f'with texts of 907 to 1,093 bytes and the ids of {TOKENS} tokens, '
+             'Mars-PO pairs (everybody\'s right answers x own wrong ones) for three agents: 2 x 2 answers '
+             f'and 4 pairs a problem, as the experiment takes; last line: 4 x 4 and 8 pairs. {SAMPLES} '
+             f'answers a problem and agent, with texts of 907 to 1,093 bytes and the ids of {TOKENS} tokens, '
              f'{REPEATED:.0%} of them repeated. CPU-seconds of all threads, in a fresh process per size.', '',
-             '| turns | pairs | join scores | read texts once | build pairs | **beyond I/O** | of it in the kernel | x '
-             'a '
-             'tenth of the turns | read | write | peak memory |',
+             '| turns | pairs | join scores | read texts once | build pairs | **beyond I/O** '
+             '| of it in the kernel | x a tenth of the turns | read | write | peak memory |',
              '|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|']
     for previous, r in zip([None, *rows], rows):
         ratio = f"{r['work']/previous['work']:.1f}" if previous and previous['turns']*10 == r['turns'] else ''
-        lines.append(f"| {r['turns']:,} | {r['n_pairs']:,} | {r['scores']:.2f} s | {r['texts']:.2f} s | "
-                     f"{r['pairs']:.2f} "
-                     f"s | **{r['work']:.2f} s** | {r['kernel']:.2f} s | {ratio} | {r['read']:.2f} s | "
-                     f"{r['write']:.2f} "
-                     f"s | {r['peak']/1e9:.2f} GB |")
+        lines.append(f"| {r['turns']:,} | {r['n_pairs']:,} | {r['scores']:.2f} s | {r['texts']:.2f} "
+                     f"s | {r['pairs']:.2f} s | **{r['work']:.2f} s** | {r['kernel']:.2f} s | "
+                     f"{ratio} | {r['read']:.2f} s | {r['write']:.2f} s | {r['peak']/1e9:.2f} GB |")
     largest = rows[-2]
     verdict = 'kept' if largest['work'] < LIMITS['cpu'] and largest['peak'] < LIMITS['gb']*1e9 else 'BROKEN'
-    return '\n'.join([*lines, '', f"Limits for 1,000,000 turns, {LIMITS['cpu']} s beyond I/O and {LIMITS['gb']} GB: "
-                                  f"{verdict} at {largest['turns']:,} turns and {largest['n_pairs']:,} pairs. With twice the pairs: {rows[-1]['work']:.1f} s, {rows[-1]['work']-rows[-1]['kernel']:.1f} s of it outside the kernel. The kernel's part is memory that is touched for the first time, and varies with the machine. {read_by}.", '',
+    return '\n'.join([*lines, '', f"Limits for 1,000,000 turns, {LIMITS['cpu']} s beyond I/O and "
+                                  f"{LIMITS['gb']} GB: {verdict} at {largest['turns']:,} turns and "
+                                  f"{largest['n_pairs']:,} pairs. With twice the pairs: "
+                                  f"{rows[-1]['work']:.1f} s, {rows[-1]['work']-rows[-1]['kernel']:.1f} s "
+                                  "of it outside the kernel. The kernel's part is memory that is touched "
+                                  f"for the first time, and varies with the machine. {read_by}.", '',
                       f"Python {platform.python_version()}, pandas {pandas.__version__}, pyarrow "
-                      f"{pyarrow.__version__}, "
-                      f"{os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end."])
+                      f"{pyarrow.__version__}, {os.cpu_count()} cores, {platform.machine()}, "
+                      f"load average {os.getloadavg()[0]:.1f} at the end."])
 
 
 def main():
@@ -155,8 +156,8 @@ def main():
     parser.add_argument('--task', nargs='+', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        return dict(generate=generate, measure=measure, check=check)[args.task[0]](Path(args.task[1]),
-                                                                                   *map(int, args.task[2:]))
+        return dict(generate=generate, measure=measure,
+                    check=check)[args.task[0]](Path(args.task[1]), *map(int, args.task[2:]))
     rows = []
     for n in args.turns:
         with tempfile.TemporaryDirectory() as scratch:

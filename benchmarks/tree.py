@@ -2,9 +2,9 @@
 
     python benchmarks/tree.py [--nodes 100000] [--out benchmarks/tree.md]
 
-Trees of three generators' answers, three critiques each and three refined answers each, with texts of about 300 bytes of which
-some repeat among siblings, are made in memory and shuffled. Then the scores are joined, values are propagated, labelled, and
-each role's examples and sibling pairs are built.
+Trees of three generators' answers, three critiques each and three refined answers each, with texts of about 300 bytes
+of which some repeat among siblings, are made in memory and shuffled. Then the scores are joined, values are
+propagated, labelled, and each role's examples and sibling pairs are built.
 """
 import argparse, os, platform, time, zlib
 from pathlib import Path
@@ -26,8 +26,8 @@ def trees(nodes, branching=(3, 3, 3), seed=0):
     for level, n in enumerate(branching):
         ids = [f'{p}.{i}' for p in parents for i in range(n)]
         problems = [p for p in problems for _ in range(n)]
-        contexts += [(f'for {p}', [dict(role='user', content=f'{p}: ' + letters[i % 2**15:][:300])]) for i,
-                     p in enumerate(parents)]
+        contexts += [(f'for {p}', [dict(role='user', content=f'{p}: ' + letters[i % 2**15:][:300])])
+                     for i, p in enumerate(parents)]
         words = [f'{p} {rng.integers(2*n)} ' for p in parents for _ in range(n)]
         levels.append(pd.DataFrame(dict(turn_id=ids, context_id=[f'for {p}' for p in parents for _ in range(n)],
                                         problem_id=problems, split='train', purpose='train', iteration=1, round=level,
@@ -78,8 +78,7 @@ def report(r, command):
                       '',
                       '| part | time |', '|---|--:|', *rows, f"| **all** | **{r['total']:.2f} s** |", '',
                       f"Limit for 100,000 nodes, {LIMIT:.0f} s: {'kept' if r['total'] < LIMIT else 'BROKEN'}. "
-                      f"Examples: "
-                      f"{by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
+                      f"Examples: {by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
                       f'Python {platform.python_version()}, pandas {pd.__version__}, {os.cpu_count()} cores, '
                       f'{platform.machine()}, load average {os.getloadavg()[0]:.1f} at the end.'])
 

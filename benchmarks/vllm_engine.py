@@ -2,11 +2,11 @@
 
     python benchmarks/vllm_engine.py [MODEL] [--requests 48] [--samples 4] [--max-tokens 48] [--repeats 5] [--agents 6]
 
-MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Each way of answering has a process of its
-own. All are loaded and warmed up with other requests; then they answer the same requests (a context and several samples
-each, seeded, in float32) in turns, one at a time, round after round. What is timed is one call with all requests: for mapo
-from conversations to texts, for `LLM.generate` from token ids to texts. Memory is the private memory of a way's processes
-together.
+MODEL is what `mapo.agents.Model` takes as a path; the default ships with mapo. Each way of answering has a process of
+its own. All are loaded and warmed up with other requests; then they answer the same requests (a context and several
+samples each, seeded, in float32) in turns, one at a time, round after round. What is timed is one call with all
+requests: for mapo from conversations to texts, for `LLM.generate` from token ids to texts. Memory is the private
+memory of a way's processes together.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -22,9 +22,11 @@ TARGET = .05 # VLLMEngine may take so much longer than `LLM.generate`
 
 def requests(args, shift=0):
     from mapo.engines import Request
-    put = (lambda q: f'<solve>{q}') if args.model.startswith('tiny:') else (lambda q: f'What is {q}? Think step by '
-                                                                                      f'step.')
-    return [Request((dict(role='user', content=put(f'{17*i % 8+2}*{29*i % 8+2}+{i % 8+2}*{(i+shift) % 8+2}-{i % 9+1}')),), 1000*i+shift, args.samples) for i in range(args.requests)]
+    put = ((lambda q: f'<solve>{q}') if args.model.startswith('tiny:')
+           else (lambda q: f'What is {q}? Think step by step.'))
+    return [Request((dict(role='user',
+                          content=put(f'{17*i % 8+2}*{29*i % 8+2}+{i % 8+2}*{(i+shift) % 8+2}-{i % 9+1}')),),
+                    1000*i+shift, args.samples) for i in range(args.requests)]
 
 
 def memory(): # bytes that this process and its children have for themselves
@@ -66,7 +68,8 @@ def ours(args, kind):
     from mapo.engines import Sampling, TransformersEngine
     from mapo.vllm import VLLMEngine
     model,how = Model('model', args.model), Sampling(max_tokens=args.max_tokens)
-    load = lambda: TransformersEngine(model, progress=False) if kind == 'TransformersEngine' else VLLMEngine(model, window=args.window, seeded=kind != 'unseeded', progress=False)
+    load = (lambda: TransformersEngine(model, progress=False) if kind == 'TransformersEngine'
+            else VLLMEngine(model, window=args.window, seeded=kind != 'unseeded', progress=False))
     serve(load, lambda engine, asked: sum(c.completion_tokens for cs in engine.generate(asked, how) for c in cs),
           lambda engine: engine.close(), args)
 
@@ -126,7 +129,8 @@ def main():
     parser.add_argument('--folder', default='')
     args = parser.parse_args()
     if args.way:
-        return theirs(args) if args.way == 'LLM.generate' else shared(args, args.way) if args.way in SHARED else ours(args, args.way)
+        if args.way == 'LLM.generate': return theirs(args)
+        return shared(args, args.way) if args.way in SHARED else ours(args, args.way)
     argv = [args.model, *(w for k in ('requests', 'samples', 'max_tokens', 'window', 'agents')
                           for w in ('--'+k.replace('_', '-'), str(getattr(args, k))))]
     ways = [Way(argv, way) for way in WAYS]

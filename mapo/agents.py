@@ -60,9 +60,9 @@ def _hub_folder(repo, revision):
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
     try: return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_MODEL_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise FileNotFoundError(f"model {repo!r} is neither a local folder or .gguf file nor reachable on the hub "
-                                f"({type(e).__name__}): give a path that exists here, or a hub id with a "
-                                f"network") from None
+        raise FileNotFoundError(f"model {repo!r} is neither a local folder or .gguf file nor "
+                                f"reachable on the hub ({type(e).__name__}): give a path "
+                                "that exists here, or a hub id with a network") from None
 
 # %% ../nbs/api/02_agents.ipynb #83b85be6
 def model_folder(
@@ -98,8 +98,9 @@ def file_hash(
     return _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
 
 # %% ../nbs/api/02_agents.ipynb #fa6a34da
-_KEYED = re.compile(r'(.*\.safetensors|.*\.gguf|config\.json|generation_config\.json|adapter_config\.json|tokenizer.*|chat_template.*|'
-                    r'vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json)')
+_KEYED = re.compile(
+    r'(.*\.safetensors|.*\.gguf|config\.json|generation_config\.json|adapter_config\.json|tokenizer.*|chat_template.*|'
+    r'vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json)')
 
 # %% ../nbs/api/02_agents.ipynb #19dafb15
 def fingerprint(

@@ -297,7 +297,7 @@ def _canonical(answer, kind): return (_math if kind == 'math' else _choice if ki
 def canonical_answer(
     answer:str|None, # an extracted answer or a gold answer
     kind:str='number', # `number`, `math` or `choice`
-)->str|None: # the same for equal answers (of kind `math`: as far as no algebra is needed); None if it is no answer of its kind
+)->str|None: # the same for equal answers (`math`: as far as no algebra is needed); None if it is no answer of its kind
     "One writing for answers that mean the same."
     if kind not in KINDS: raise ValueError(f"there is no kind {kind!r} of answer: take one of {', '.join(KINDS)}")
     if not isinstance(answer, str) or not answer.strip() or len(answer) > LONGEST_ANSWER: return None
@@ -584,18 +584,16 @@ class _Worker:
 
     def start(self):
         paths = [str(Path(mapo.__file__).parent.parent), os.environ.get('PYTHONPATH', '')]
-        self.process = subprocess.Popen([sys.executable, '-c',
-                                         f'from mapo.answers import serve; serve({self.timeout}, {self.memory})'],
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', f'from mapo.answers import serve; serve({self.timeout}, {self.memory})'],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, paths)),
-                                                              OMP_NUM_THREADS='1'))
+            env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, paths)), OMP_NUM_THREADS='1'))
         if self.process.stdout.readline() != b'ready\n':
             reason = (self.process.stderr.read().decode(errors='replace').strip().splitlines()
                       or ['it ended without a word'])[-1]
             self.stop()
-            raise RuntimeError(f'a grading worker did not start ({reason}): check that math-verify is installed and '
-                               f'that '
-                               f'{self.memory:,} bytes of memory are enough')
+            raise RuntimeError(f'a grading worker did not start ({reason}): check that math-verify '
+                               f'is installed and that {self.memory:,} bytes of memory are enough')
 
     def ask(self, gold, answer): # True or False; None if time ran out, or the process died or hung
         if self.process is None: self.start()

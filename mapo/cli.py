@@ -119,8 +119,8 @@ def _typed(name, key, value, type_name):
     if isinstance(value, str) and wanted != 'str':
         with contextlib.suppress(ValueError):
             value = json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(value, value))
-    right = isinstance(value, _TYPES[wanted]) and (wanted == 'bool' or not isinstance(value, bool)) or (value is None
-                                                                                                        and 'None' in type_name)
+    right = (isinstance(value, _TYPES[wanted]) and (wanted == 'bool' or not isinstance(value, bool))
+             or (value is None and 'None' in type_name))
     if not right: raise ValueError(f'{name}: {key} must be {type_name}, not {value!r}')
     return float(value) if wanted == 'float' and value is not None else value
 
@@ -647,13 +647,13 @@ def _parser():
                      help='stages to make again although they are finished')
     run.add_argument('--processes', type=int, default=0, metavar='N',
                      help='experiments at once; without it one per processor where all models are small, else one')
-    publish = commands.add_parser('publish', help='make a run the published one: its record, figures, tables and '
-                                                  'notebook')
+    publish = commands.add_parser('publish', help='make a run the published one: its '
+                                                  'record, figures, tables and notebook')
     publish.add_argument('run', help='id of the run, as `mapo runs` lists it')
     publish.add_argument('--name', help="of the record; the experiment's where none is given")
     publish.set_defaults(do=_publish)
-    commands.add_parser('figures', help='draw figures, tables and notebooks again from the published '
-                                        'records').set_defaults(do=_figures)
+    commands.add_parser('figures', help='draw figures, tables and notebooks again from '
+                                        'the published records').set_defaults(do=_figures)
     commands.add_parser('runs', help='list the runs there are, with what became of them').set_defaults(do=_runs)
     return parser
 
@@ -675,7 +675,8 @@ def main(argv=None):
     "The `mapo` command."
     args = _parser().parse_args(argv)
     try: args.do(args)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # whoever reads, `head` perhaps, has seen enough
+    except BrokenPipeError: # whoever reads, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print('mapo: interrupted; what is finished is kept, the same command goes on from there', file=sys.stderr)
         sys.exit(130)

@@ -31,8 +31,10 @@ from .tiny import FLAWLESS, FORM, solve, written
 @dataclass(frozen=True)
 class MarsPO(Settings):
     "Settings of the Mars-PO experiment; the defaults are the tiny preset."
-    agents:tuple=('tiny:products', 'tiny:borrows', 'tiny:carries') # the team's models; paper: "Qwen2.5-Math-7B-Instruct, DeepSeek-Math-7B-RL, Llama3.1-8B-Instruct"
-    same_agents:tuple=('tiny:same-0', 'tiny:same-1', 'tiny:same-2') # a team whose weaknesses are the same, for the arms `*_same`; ours
+    agents:tuple=(
+        'tiny:products', 'tiny:borrows', 'tiny:carries',
+    ) # the team's models; paper: "Qwen2.5-Math-7B-Instruct, DeepSeek-Math-7B-RL, Llama3.1-8B-Instruct"
+    same_agents:tuple=('tiny:same-0', 'tiny:same-1', 'tiny:same-2') # a team of the same weaknesses, for `*_same`; ours
     prompt:str='<solve>{question}' # what an agent is shown; the paper's prompts are not printed
     n_train:int=192              # training problems; 0 for all of a benchmark. Paper: the train sets of GSM8K and MATH
     n_dev:int=256                # problems settings are chosen on; ours
@@ -41,13 +43,13 @@ class MarsPO(Settings):
     n_samples:int=8              # answers per agent and training problem; the paper is silent
     n_evaluate:int=2             # sampled answers per agent and evaluated problem, besides a greedy one; ours
     iterations:int=3             # paper: "three"
-    order:str='reward'           # positives in the order of their 'reward', or 'drawn'; paper: scored by a reward model, "the highest-scoring outputs"
-    verified:bool=True           # positives must be right; paper: "correct"; False takes the best by reward, right or wrong
-    missed:bool=True             # an agent learns only from problems that it sometimes gets wrong; ours, one rule for all arms
-    flipped:float=0.             # share of grades that are turned around before anything is chosen; ours, to see how much depends on them
-    bias:str=''                  # what the reward is made to like besides: 'length', or an agent's name; '' for nothing; ours
+    order:str='reward'           # positives by 'reward', or 'drawn'; paper: a reward model's "highest-scoring outputs"
+    verified:bool=True           # positives must be right; paper: "correct"; False takes the best by reward alone
+    missed:bool=True             # an agent learns only from problems it sometimes gets wrong; ours, a rule for all arms
+    flipped:float=0.             # share of grades turned around before the choice; ours, to see what depends on them
+    bias:str=''                  # what the reward likes besides: 'length', or an agent's name; '' for nothing; ours
     bias_strength:float=1.       # of that, in standard deviations of the reward; ours
-    reward_model:str=''          # path of a reward model; paper: "Qwen2.5-Math-RM-72B"; '' trains one on the first iteration's graded answers
+    reward_model:str=''          # a path; paper: "Qwen2.5-Math-RM-72B"; '' trains one on the first iteration's grades
     reward_init:str='tiny:products' # what such a training starts from; ours
     reward_updates:int=100       # of such a training; ours
     reward_learning_rate:float=1e-3 # of such a training; ours
@@ -57,11 +59,11 @@ class MarsPO(Settings):
     beta:float=0.1               # DPO's inverse temperature; the paper is silent, IRPO 0.1
     alpha_first:float=0.1        # weight of the likelihood term in the first iteration; paper: "from 0.1 to 0.4"
     alpha_last:float=0.4         # ... and in the last
-    updates:int=50               # per agent and iteration, the same for all arms; 0 goes by `epochs`; the paper is silent. Its pairs per update: "16"
+    updates:int=50               # per agent and iteration, in all arms; 0: `epochs`; paper silent, "16" pairs an update
     epochs:float=1.              # passes over an agent's pairs or examples, per iteration; the paper is silent
     learning_rate:float=3e-5     # of arms that `learning_rates` does not name; paper: "7e-7", for models of 7-8 B
-    init:str='previous'          # training starts from the 'previous' iteration's model or the 'initial' one; the paper's agents are trained on
-    reference:str='previous'     # DPO's reference is the 'previous' model (IRPO) or the 'initial' one; the paper is silent
+    init:str='previous'          # starts from the 'previous' iteration's model (paper: trained on) or the 'initial' one
+    reference:str='previous'     # of DPO: the 'previous' model (IRPO) or the 'initial' one; the paper is silent
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,8 +94,8 @@ class MarsPO(Settings):
     @property
     def team(self)->Team:
         "The agents before training."
-        return Team('mars_po', [Agent(n, licensed(n, path, self.dtype), Role('generator', self.prompt)) for n,
-                                path in zip(_names(self.agents), self.agents)])
+        return Team('mars_po', [Agent(n, licensed(n, path, self.dtype), Role('generator', self.prompt))
+                                for n, path in zip(_names(self.agents), self.agents)])
 
 # %% ../nbs/api/20_mars_po.ipynb #1d531861
 def _names(paths): # the last part of each path; numbered where a model sits twice
@@ -227,7 +229,8 @@ def answers(run:Run, s:MarsPO, team:Team, problems:Artifact, purpose:str, iterat
     return turns, run.stage(grade, turns=turns, problems=problems)
 
 # %% ../nbs/api/20_mars_po.ipynb #af072828
-def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Artifact, seed:int)->Fit|None: # None where it is given
+def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Artifact,
+                 seed:int)->Fit|None: # None where it is given
     "Train a reward model on graded answers."
     if s.reward_model: return None
     grades = _graded(run, s, graded, seed)
@@ -241,8 +244,8 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
 def ranked_by(s:MarsPO, ranker:Fit|None): # a `Model`, or None where positives are not ranked
     "The reward model that ranks positives: the given one, or the one that was trained."
     if s.order != 'reward': return None
-    return trained(licensed('reward', s.reward_init), ranker.training) if ranker else licensed('reward', s.reward_model,
-                                                                                               s.dtype)
+    if ranker: return trained(licensed('reward', s.reward_init), ranker.training)
+    return licensed('reward', s.reward_model, s.dtype)
 
 # %% ../nbs/api/20_mars_po.ipynb #1b44d5e4
 def _graded(run, s, graded, seed): # the grades that the method may see
@@ -267,7 +270,8 @@ def learn(run:Run, s:MarsPO, arm:MarsArm, agent:Agent, initial, turns:Artifact, 
     return fit(run, s, agent.name, objective, start, data, reference)
 
 # %% ../nbs/api/20_mars_po.ipynb #1d9cf3f7
-def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteration:int, seed:int)->dict: # purpose -> (turns, grades)
+def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteration:int,
+            seed:int)->dict: # purpose -> (turns, grades)
     "Let a team answer the problems it is judged by."
     return {purpose: answers(run, s, team, problems, purpose, iteration, seed, split)
             for purpose in ('evaluate', 'greedy')}
@@ -374,8 +378,8 @@ def tables(
 def _few_pairs(pairs, n=2): # of Mars-PO's first iteration, those whose chosen answer is a colleague's
     first = pairs[(pairs.arm == 'mars_po') & (pairs.iteration == 1)]
     if len(first): first = first[first.seed == first.seed.iloc[0]]
-    kept = [own[own.chosen_agent != own.agent].drop_duplicates('problem_id').head(n) for _,
-            own in first.groupby('agent', sort=False)]
+    kept = [own[own.chosen_agent != own.agent].drop_duplicates('problem_id').head(n)
+            for _, own in first.groupby('agent', sort=False)]
     return pd.concat(kept or [first], ignore_index=True)
 
 # %% ../nbs/api/20_mars_po.ipynb #98436639
@@ -396,8 +400,8 @@ def _by_source(found, taken): # weighted candidates and those taken, a row per s
     weight = taken.groupby(found.problem_id).transform('mean')
     sums = pd.DataFrame(dict(source_agent=found.agent, candidates=weight, selected=taken.astype(float),
                              candidate_tokens=weight*found.completion_tokens,
-                             selected_tokens=taken*found.completion_tokens)).groupby('source_agent',
-                                                                                     as_index=False).sum()
+                             selected_tokens=taken*found.completion_tokens)).groupby(
+        'source_agent', as_index=False).sum()
     sums['candidate_tokens'] /= sums['candidates']
     sums['selected_tokens'] /= sums['selected'].where(sums['selected'] > 0)
     return sums.astype(dict(selected=int))

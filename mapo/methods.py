@@ -71,7 +71,8 @@ class Serving:
 
     def __str__(self):
         if self.engine != 'vllm': return self.engine
-        return f"vLLM {self.version or '(not installed)'} on {self.tensor_parallel*self.data_parallel} x {accelerator() or 'the processor'}"
+        return (f"vLLM {self.version or '(not installed)'} on "
+                f"{self.tensor_parallel*self.data_parallel} x {accelerator() or 'the processor'}")
 
 # %% ../nbs/api/18_methods.ipynb #b1ff7709
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Scoring:
 @dataclass(frozen=True)
 class Compute:
     "Compute the models of an experiment answer and learn."
-    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto' for vLLM where there is a GPU for it
+    engine:str='transformers'    # that models answer with: 'transformers', 'vllm', or 'auto': vLLM where it has a GPU
     tensor_parallel:int=1        # GPUs that share one copy of the weights when vLLM answers
     data_parallel:int=1          # copies of the weights when vLLM answers
     token_budget:int=0           # tokens of a batch of transformers; 0 leaves it to the engine
@@ -118,8 +119,8 @@ class Compute:
         "The engine on this machine; what `auto` chose is said."
         version = vllm_version()
         there = version and not version.endswith('(cpu)') and accelerator()
-        chosen = Serving('vllm', version, self.tensor_parallel,
-                         self.data_parallel) if self.engine == 'vllm' or self.engine == 'auto' and there else Serving(token_budget=self.token_budget)
+        chosen = (Serving('vllm', version, self.tensor_parallel, self.data_parallel) if self.engine == 'vllm'
+                  or self.engine == 'auto' and there else Serving(token_budget=self.token_budget))
         if self.engine == 'auto': _say_once(f'engine auto: {chosen}')
         return chosen
 
@@ -176,11 +177,11 @@ def _half(source, split, data): # the train or the test set of one benchmark
                 mmlu=problems.mmlu)
     name,_,levels = source.partition(':')
     if name not in load or levels and name != 'math':
-        raise ValueError(f"there is no problem source {source!r}: there are arithmetic, {', '.join(load)}, math:1-3 "
-                         f"for "
-                         f"levels of MATH, and sums such as gsm8k+math")
+        raise ValueError(f"there is no problem source {source!r}: there are arithmetic, "
+                         f"{', '.join(load)}, math:1-3 for levels of MATH, and sums such as gsm8k+math")
     folder = Path(data)/name if data and (Path(data)/name).is_dir() else Path(data)
-    known = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split) # CommonsenseQA's test answers are secret; MMLU's train set comes from other benchmarks
+    # CommonsenseQA's test answers are secret; MMLU's train set comes from other benchmarks
+    known = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split)
     table = load[name](known, folder/f'{split}.jsonl' if data else None,
                        **(dict(levels=_levels(source, levels)) if levels else {}))
     return table.assign(split=split)
@@ -206,7 +207,8 @@ def own_problems(
     kept = drop_leaks(drawn)
     if len(kept) == len(drawn): return kept
     left = ', '.join(f'{n} {split}' for split, n in kept.split.value_counts().items())
-    print(f'{path.name}: {len(drawn)-len(kept)} of {len(drawn)} problems are left out, because they nearly repeat one of a later split; {left} remain', file=sys.stderr)
+    print(f'{path.name}: {len(drawn)-len(kept)} of {len(drawn)} problems are left out, '
+          f'because they nearly repeat one of a later split; {left} remain', file=sys.stderr)
     return kept
 
 # %% ../nbs/api/18_methods.ipynb #5eade67d

@@ -26,16 +26,16 @@ class Objective:
     batch_size:int=16         # rows per update; Mars-PO
     micro_batch_size:int=0    # rows per forward pass, a divisor of `batch_size`; 0 takes the batch at once; ours
     updates:int=0             # optimizer steps; 0 derives them from `epochs`
-    epochs:float=1.0          # passes over the rows, rounded up to whole updates; ours (Mars-PO is silent, Multiagent FT 2)
-    max_length:int=2048       # tokens of prompt and completion; longer rows are left out and counted; Multiagent FT's script
+    epochs:float=1.0          # passes over the rows, in whole updates; ours (Mars-PO is silent, Multiagent FT 2)
+    max_length:int=2048       # tokens of a whole row; longer ones are left out and counted; Multiagent FT's script
     weight_decay:float=0.0    # AdamW's; Multiagent FT's script
     warmup:float=0.0          # share of the updates in which the rate rises from 0; ours (Multiagent FT 0.03)
     schedule:str='linear'     # 'linear' or 'cosine' to zero, or 'constant'; TRL's default (Multiagent FT cosine)
     max_grad_norm:float=1.0   # gradients are scaled down to this norm; TRL's default
-    lora_rank:int=0           # rank of a LoRA adapter on all linear layers; 0 trains the full weights; the papers are silent
+    lora_rank:int=0           # of a LoRA adapter on all linear layers; 0 trains the full weights; the papers are silent
     lora_alpha:int=16         # the adapter's update is scaled by lora_alpha/lora_rank; the papers are silent
-    quantized:bool=False      # keep the frozen base in 4 bits under the adapter (QLoRA: NF4, constants quantised too); the papers are silent
-    gradient_checkpointing:bool=False # recompute activations going backward: about a third more time for much less memory; ours
+    quantized:bool=False      # the frozen base in 4 bits (QLoRA: NF4, constants quantised too); the papers are silent
+    gradient_checkpointing:bool=False # recompute activations: about a third more time for much less memory; ours
     seed:int=0                # of the rows' order and of a new adapter's weights
     sampled:bool=True         # learn the very tokens that were sampled; False makes tokens of their text again
     thoughts:bool=True        # learn what was thought before an answer; False shows it and learns the answer alone
@@ -63,7 +63,8 @@ class Objective:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size: raise ValueError(
             f'{name}: micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}')
         if self.quantized and not self.lora_rank:
-            raise ValueError(f'{name}: quantized keeps the weights in 4 bits, which cannot be trained: set lora_rank to train an adapter on them')
+            raise ValueError(f'{name}: quantized keeps the weights in 4 bits, which cannot '
+                             'be trained: set lora_rank to train an adapter on them')
 
 # %% ../nbs/api/08_objectives.ipynb #fbe07494
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DPO(Objective):
     "Direct preference optimization, with IRPO's likelihood term."
     learning_rate:float=7e-7 # AdamW's peak rate; Mars-PO
     beta:float=0.1           # inverse temperature of the implied reward; Mars-PO is silent, TRL's default (MALT 0.2)
-    alpha:float=0.0          # weight of the chosen answer's likelihood; 0 is plain DPO (Mars-PO 0.1 to 0.4 across its iterations)
+    alpha:float=0.0          # weight of the chosen's likelihood; 0 is plain DPO (Mars-PO 0.1 to 0.4, by iteration)
 
     answers:ClassVar[tuple] = ('chosen', 'rejected')
     reference:ClassVar[bool] = True
@@ -103,8 +104,8 @@ class DPO(Objective):
 @dataclass(frozen=True)
 class Reward(Objective):
     "A reward model that puts chosen over rejected answers (Bradley-Terry); TRL's defaults where no source is named."
-    learning_rate:float=1e-5 # AdamW's peak rate; ours (TRL's default is 1e-4), Mars-PO's 72 B reward model comes trained
-    center:float=0.0         # weight of (r_chosen + r_rejected)^2, which keeps rewards near 0; TRL's default is none, and ranking needs none
+    learning_rate:float=1e-5 # AdamW's peak rate; ours (TRL's default is 1e-4), Mars-PO's 72 B model comes trained
+    center:float=0.0         # weight of (r_chosen + r_rejected)^2: rewards near 0; TRL's default, ranking needs none
 
     answers:ClassVar[tuple] = ('chosen', 'rejected')
     causal:ClassVar[bool] = False
@@ -122,18 +123,16 @@ class Reward(Objective):
 @dataclass(frozen=True)
 class Launch:
     "In which processes a training runs."
-    strategy:str='' # '' is this process; 'ddp' a copy of the model per process, 'fsdp' (FSDP2) and 'zero3' (DeepSpeed) a share of it
+    strategy:str='' # '' is this process; 'ddp' a whole model in each, 'fsdp' (FSDP2) and 'zero3' (DeepSpeed) a share
     processes:int=1 # one per GPU
     port:int=0      # of this machine, on which they find each other; 0 takes a free one
 
     def __post_init__(self):
         if self.strategy not in ('', 'ddp', 'fsdp', 'zero3'):
-            raise ValueError(f"Launch: there is no strategy {self.strategy!r}: there are 'ddp', 'fsdp' and 'zero3', "
-                             f"and "
-                             f"'' for this process")
+            raise ValueError(f"Launch: there is no strategy {self.strategy!r}: there "
+                             "are 'ddp', 'fsdp' and 'zero3', and '' for this process")
         if self.processes < 1: raise ValueError(f'Launch: processes must be 1 or more, not {self.processes}')
         if self.processes > 1 and not self.strategy:
-            raise ValueError(f"Launch: {self.processes} processes need a strategy ('ddp', 'fsdp' or 'zero3'): '' "
-                             f"trains "
-                             f"in this process alone")
+            raise ValueError(f"Launch: {self.processes} processes need a strategy ('ddp', "
+                             "'fsdp' or 'zero3'): '' trains in this process alone")
         if not 0 <= self.port < 65536: raise ValueError(f'Launch: port must be from 0 to 65535, not {self.port}')

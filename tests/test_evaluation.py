@@ -70,9 +70,8 @@ def test_rows_that_repeat_are_refused_wherever_they_are_read(rows):
     twice = pd.concat([rows, rows[(rows.seed == 1) & (rows.arm == 'base')]])
     for read in (check_rows, pool, accuracy, lambda r: compare(r, [('mars_po', 'base')]),
                  lambda r: compare_checkpoints(r, [('mars_po', 'base')]), lambda r: differences(r, 'base', 'mars_po')):
-        with pytest.raises(ValueError, match="120 compact rows are there twice .first: arm 'base', seed 1, iteration "
-                                             "0, "
-                                             "agent 'a', problem_id 'p000'"):
+        with pytest.raises(ValueError, match="120 compact rows are there twice .first: arm 'base', "
+                                             "seed 1, iteration 0, agent 'a', problem_id 'p000'"):
             read(twice)
 
 

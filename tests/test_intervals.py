@@ -47,7 +47,10 @@ def test_intervals_over_seeds_and_problems_cover():
 
 
 def teams(rng, p, runs=4000):
-    "Accuracy per problem of two equal arms: (runs, arms, 5 seeds, 256 problems), means over 3 agents and 4 samples. Problems are hard for all, checkpoints lucky on all problems."
+    """Accuracy per problem of two equal arms: (runs, arms, 5 seeds, 256 problems), means over 3 agents and 4 samples.
+
+    Problems are hard for all, checkpoints lucky on all problems.
+    """
     hard = 1 + .8*rng.uniform(-1, 1, (runs, 1, 1, 1, 256)) if p == .5 else rng.gamma(.5, 2, (runs, 1, 1, 1, 256))
     luck = rng.uniform(.85, 1.15, (runs, 2, 5, 3, 1))  # of an arm's, a seed's and an agent's training
     return 1 - rng.binomial(4, np.clip((1 - p)*hard*luck, 0, 1)).mean(3)/4
@@ -74,7 +77,8 @@ def test_the_checks_above_can_fail():
     low, high = wilson(8*x.sum(-1), 8*500)
     assert ((low <= .5) & (.5 <= high)).mean() < .9  # eight answers to a problem taken for eight problems
     d = np.subtract(*teams(rng, .5, 500).swapaxes(0, 1)).reshape(500, -1)
-    assert (stats.ttest_1samp(d, 0, axis=-1).pvalue < .05).mean() > .2  # problems of five seeds taken for independent ones
+    # problems of five seeds taken for independent ones
+    assert (stats.ttest_1samp(d, 0, axis=-1).pvalue < .05).mean() > .2
     family = np.array([p.min() < .05 for p in rng.uniform(size=(4000, 5))])
     assert family.mean() > .15  # five comparisons uncorrected
 
@@ -90,8 +94,8 @@ def simulated():
 
 
 def test_intervals_and_tests_take_seeds_and_problems(simulated):
-    assert simulated.coverage.between(.93 - .012,
-                                      .99).all() and simulated.coverage[simulated.p < .99].max() <= .97 + .012  # two standard errors
+    assert simulated.coverage.between(.93 - .012, .99).all()
+    assert simulated.coverage[simulated.p < .99].max() <= .97 + .012  # two standard errors
     assert simulated.level.between(.04 - .012, .06 + .012).all() and abs(simulated.level.mean() - .05) < .01
     assert (simulated.over_problems > .09).all()  # the same check tells that seeds were forgotten
 
@@ -107,14 +111,16 @@ def test_problems_are_not_forgotten_where_they_decide():
 def test_the_parts_are_those_of_an_analysis_of_variance():
     "Sums of squares by the textbook's short-cut formulas."
     x = np.random.default_rng(22).normal(size=(4, 7)) + np.arange(4)[:, None]/3
-    total, seeds, problems = (x**2).sum() - x.sum()**2/28, (x.sum(1)**2).sum()/7 - x.sum()**2/28, (x.sum(0)**2).sum()/4 - x.sum()**2/28
+    total = (x**2).sum() - x.sum()**2/28
+    seeds = (x.sum(1)**2).sum()/7 - x.sum()**2/28
+    problems = (x.sum(0)**2).sum()/4 - x.sum()**2/28
     expected = seeds/3/28, problems/6/28, (total - seeds - problems)/18/28
     assert np.allclose(variation(x), (x.mean(), *expected))
     assert np.allclose(variation(np.stack([x, 2*x]))[3], [expected[2], 4*expected[2]])
 
 
 def test_seeds_alone_are_students_test_on_their_means():
-    "Where problems add nothing beyond luck the degrees of freedom are those of the seeds; with one seed those of the problems."
+    "Where problems add nothing beyond luck the degrees of freedom are those of seeds; with one seed those of problems."
     luck = np.array([[1, -1, 0], [-1, 0, 1], [0, 1, -1.]])
     d = np.array([[.1], [.3], [.4]]) + luck
     expected = stats.ttest_1samp(d.mean(1), 0)
@@ -125,7 +131,10 @@ def test_seeds_alone_are_students_test_on_their_means():
 
 
 def test_seeds_that_share_their_base_agents_promise_too_much():
-    "What is known of the t interval's one assumption: of five seeds two share what they began with, as a share of the variance between seeds."
+    """What is known of the t interval's one assumption.
+
+    Of five seeds two share what they began with, as a share of the variance between seeds.
+    """
     rng, level = np.random.default_rng(14), {}
     for share in (0, .5, 1):
         base, own = rng.normal(0, share**.5, (20_000, 4)), rng.normal(0, (1 - share)**.5, (20_000, 5))
@@ -169,8 +178,8 @@ def test_bootstrap_covers():
     rng = np.random.default_rng(7)
     q = rng.beta(2, 1, (600, 150))
     d = (rng.binomial(6, q) - rng.binomial(6, q))/6
-    hits = [b.low[0] <= 0 <= b.high[0] for b in (paired_bootstrap(x[None], resamples=500, seed=i) for i,
-                                                 x in enumerate(d))]
+    hits = [b.low[0] <= 0 <= b.high[0]
+            for b in (paired_bootstrap(x[None], resamples=500, seed=i) for i, x in enumerate(d))]
     assert .92 <= np.mean(hits) <= .98  # 600 runs: one standard error is .009
     same = paired_bootstrap(np.full((2, 20), .25))
     assert same.low[0] == same.high[0] == .25

@@ -1,4 +1,4 @@
-"""The experiment, its notebook and its command line agree; chains, trees and trainings that a notebook cell would take too long to show."""
+"""The experiment, its notebook and its command line agree; chains, trees and trainings too long for a notebook cell."""
 import json
 from dataclasses import fields
 
@@ -8,7 +8,8 @@ import pytest
 
 from mapo.cli import checked, settable
 from mapo.experiment import Step, checkable, compute, experiment
-from mapo.malt import ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row, word_problems
+from mapo.malt import (ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row,
+                       word_problems)
 from mapo.methods import make_problems
 from mapo.pairs import Built, Selection, own_pairs, own_positives
 from mapo.record import load_record, redraw
@@ -105,7 +106,8 @@ def test_another_threshold_grows_no_new_tree(runs):
     compute(second, MALT, MALT.settings('smoke', **SMALL | dict(threshold=.2)), 'star_ma', [0], 'dev')
     asked = lambda run: {(s['stage'], s['key']) for s in run.stages}
     made = [stage for stage, key in asked(second) - asked(first)]
-    assert made.count('value_turns') == 1 and made.count('sample_tree') <= 2, 'only the evaluation of newly trained roles'
+    assert (made.count('value_turns') == 1
+            and made.count('sample_tree') <= 2), 'only the evaluation of newly trained roles'
 
 
 def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
@@ -114,7 +116,8 @@ def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
     rows, _, _ = load_record(record)
     assert (rows.c == 0).all() and (rows.n == 1).all() and len(rows) == 3
     assert pd.read_parquet(record/'calls.parquet').not_asked.sum() == 3
-    readouts = pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists() else {}
+    readouts = (pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists()
+                else {})
     assert len(readouts) == 3 and readouts['after refiner'] == 0
     with pytest.raises(ValueError, match="star_ma: nothing to learn for generator: chosen: "):
         compute(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'star_ma', [0], 'dev')
@@ -152,7 +155,8 @@ def test_a_role_without_pairs_says_why(leaves, fate, tmp_path):
 
 def test_a_verifier_that_answers_instead_of_judging_is_counted(tmp_path):
     texts = dict(g='06+08-7#### 41', v1='06+08-7#### 42', v2='<right>#### 41', v3='Verdict: incorrect')
-    tree = example_tree([[0], [0], [0]]).query("role != 'refiner'").assign(sample=0, text=lambda t: t.turn_id.map(texts))
+    tree = example_tree([[0], [0], [0]]).query("role != 'refiner'").assign(
+        sample=0, text=lambda t: t.turn_id.map(texts))
 
     def said():
         scores = [dict(turn_id=t, name=n, value=v, label=l, scorer_key='by hand')
@@ -161,7 +165,8 @@ def test_a_verifier_that_answers_instead_of_judging_is_counted(tmp_path):
 
     talk = Run('verdict', {}, root=tmp_path).stage(said)
     row = verdict_row(Step(MALT.arm('gv'), 0, 1, None, dict(evaluate=(talk, talk))))
-    assert row['no_verdict'] == pytest.approx(1/3) and row['no_answer'] == pytest.approx(1/3) and row['objects'] == pytest.approx(1/3) and np.isnan(row['approves'])
+    assert row['no_verdict'] == pytest.approx(1/3) and row['no_answer'] == pytest.approx(1/3)
+    assert row['objects'] == pytest.approx(1/3) and np.isnan(row['approves'])
 
 
 def test_scripted_critiques_keep_what_the_others_said():
@@ -173,7 +178,8 @@ def test_scripted_critiques_keep_what_the_others_said():
 
 def test_word_problems_of_dev_and_test_are_disjoint_and_repeat():
     dev, test = word_problems(200, 'dev'), word_problems(200, 'test')
-    assert len(dev) == len(test) == 200 and set(dev.question).isdisjoint(test.question) and dev.equals(word_problems(200, 'dev'))
+    assert len(dev) == len(test) == 200 and set(dev.question).isdisjoint(test.question)
+    assert dev.equals(word_problems(200, 'dev'))
     assert (dev.answer.astype(int) > 0).all() and not dev.question.str.contains('[{}]').any()
 
 
@@ -204,7 +210,8 @@ def test_a_setting_that_makes_two_arms_one_drops_their_comparison():
     claim = next(c for c in CLAIMS if c['tests'] == [['malt', 'malt_generator_dpo']])
     judge = lambda preset: checkable([claim], {a.name: a for a in ARMS}, MALT.presets[preset])[0].get('untestable')
     assert judge('paper') is None
-    assert judge('paper_qwen') == 'it holds MALT against MALT, generator with DPO, which are one arm under these settings'
+    assert (judge('paper_qwen')
+            == 'it holds MALT against MALT, generator with DPO, which are one arm under these settings')
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The experiment, its notebook and its command line agree; variants that a notebook cell would take too long to show."""
+"""The experiment, its notebook and its command line agree; variants that take too long for a notebook cell."""
 import subprocess, sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_initial_reference_is_not_the_previous_one(runs):
 
 @pytest.fixture(scope='module')
 def every(runs):
-    "One iteration of every arm: the run, what each arm did, and the record. test_papers.py runs the notebook with the same."
+    "One iteration of every arm: the run, what each arm did, and the record; test_papers.py runs the notebook likewise."
     run = Run('every', {}, root=runs)
     settings = MARS_PO.settings('smoke', **ONCE)
     steps = compute(run, MARS_PO, settings, 'all', [0], 'dev')
@@ -67,8 +67,8 @@ def every(runs):
 
 @pytest.mark.slow
 def test_arms_share_the_samples_they_have_in_common(every):
-    keys = lambda same: {step.turns.key for arm,
-                         step in every[1].items() if step.turns and arm.endswith('_same') == same}
+    keys = lambda same: {step.turns.key for arm, step in every[1].items()
+                         if step.turns and arm.endswith('_same') == same}
     assert len(keys(False)) == len(keys(True)) == 1 and keys(False) != keys(True)
 
 
@@ -94,7 +94,8 @@ def test_the_record_of_every_arm_is_drawn(every, tmp_path):
     record = every[2]
     assert set(pd.read_parquet(record/'results.parquet').arm) == {arm.name for arm in ARMS}
     assert set(pd.read_csv(record/'selection.csv').arm) == {arm.name for arm in ARMS if arm.data}
-    assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'} # the first that each reward model chose for
+    # the first that each reward model chose for
+    assert set(pd.read_csv(record/'rewards.csv').arm) == {'sft_own', 'sft_flipped', 'sft_hybrid_same'}
     drawn = {p.name for p in redraw(record, tmp_path)}
     assert {'accuracy.png', 'ablations.svg', 'same.png', 'claims.md', 'selection.md', 'checkpoints.csv', 'cost.png',
             'training.png'} <= drawn
@@ -142,13 +143,14 @@ def test_one_more_alpha_trains_again_and_does_not_sample_again(runs):
     experiment(first, MARS_PO, MARS_PO.settings('smoke', **ONCE), 'mars_po', [0], 'dev')
     experiment(second, MARS_PO, MARS_PO.settings('smoke', **ONCE | dict(alpha_first=.9)), 'mars_po', [0], 'dev')
     made = [stage for stage, key in asked(second) - asked(first)]
-    assert made.count('train') == 3 and made.count('sample_alone') == 2, 'only the evaluation of the newly trained agents'
+    assert (made.count('train') == 3
+            and made.count('sample_alone') == 2), 'only the evaluation of the newly trained agents'
 
 
 def test_nobody_right_is_one_sentence(tmp_path):
     settings = MARS_PO.settings('smoke', **SMALL | dict(form='a*b*c*d*e'))
-    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward model: problems: 8 nothing to '
-                                         'choose'):
+    with pytest.raises(ValueError, match='mars_po: nothing to learn for the reward '
+                                         'model: problems: 8 nothing to choose'):
         experiment(Run('wrong', {}, root=tmp_path), MARS_PO, settings, 'mars_po', [0], 'dev')
 
 
@@ -169,5 +171,6 @@ def test_the_command_refuses_an_unknown_preset_before_anything_is_computed(tmp_p
     out = subprocess.run([str(Path(sys.executable).parent/'mapo'), 'run', 'mars_po', '--preset', 'huge'],
                          capture_output=True, text=True, env=os.environ | dict(MAPO_RUNS=str(tmp_path)))
     assert out.returncode == 1
-    assert out.stderr.strip().splitlines()[-1] == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper"
+    assert (out.stderr.strip().splitlines()[-1]
+            == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper")
     assert not list(tmp_path.rglob('*.parquet')) and not list(tmp_path.rglob('manifest.json'))

@@ -73,8 +73,8 @@ def test_a_model_without_examples_stays_as_it_is_and_the_table_says_why(runs):
 
 def test_agents_that_all_fail_to_answer_have_no_majority_and_teach_nothing(tmp_path, monkeypatch):
     generate = TransformersEngine.generate
-    monkeypatch.setattr(TransformersEngine, 'generate', lambda self, requests,
-                        sampling: [[replace(c, text='') for c in cs] for cs in generate(self, requests, sampling)])
+    monkeypatch.setattr(TransformersEngine, 'generate', lambda self, requests, sampling: [
+        [replace(c, text='') for c in cs] for cs in generate(self, requests, sampling)])
     settings,run = small(),Run('mute', {}, root=tmp_path)
     [step] = multiagent_ft(run, settings, arm('multiagent_ft'), 0, run.stage(make_problems, **settings.problem_set()),
                            'dev')
@@ -105,7 +105,8 @@ def test_a_debate_killed_in_its_second_round_goes_on_where_it_stopped(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         discuss(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
     resumed = discuss(killed, settings, speakers(settings), problems, 'train', 'train', 1, 0, 2)
-    assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files'] # 4 + 4 chunks, one of them twice
+    # 4 + 4 chunks, one of them twice
+    assert len(calls) == 9 and resumed.manifest['files'] == undisturbed.manifest['files']
 
 
 @pytest.mark.slow
@@ -126,21 +127,22 @@ def test_no_comparison_holds_an_arm_against_itself(updates, tmp_path):
     record = experiment(Run('total', dict(updates=updates), root=tmp_path), MULTIAGENT_FT,
                         small(updates=updates, epochs=1.), 'single_agent,single_agent_total,multiagent_ft', [0], 'dev')
     rows, _, manifest = load_record(record)
-    one, total = (rows[rows.arm == arm].drop(columns='arm').reset_index(drop=True) for arm in ('single_agent',
-                                                                                               'single_agent_total'))
+    one, total = (rows[rows.arm == arm].drop(columns='arm').reset_index(drop=True)
+                  for arm in ('single_agent', 'single_agent_total'))
     assert not updates or ['multiagent_ft', 'single_agent_total'] in manifest['comparisons']
     if updates: return
     assert one.equals(total), 'they are the same arm'
     assert manifest['not_compared'] == [['multiagent_ft', 'single_agent_total',
                                          'which is Multiagent FT against single-agent FT under these settings']]
-    assert ['multiagent_ft', 'single_agent_total'] not in manifest['comparisons'] and ['multiagent_ft',
-                                                                                       'single_agent'] in manifest['comparisons']
+    assert ['multiagent_ft', 'single_agent_total'] not in manifest['comparisons']
+    assert ['multiagent_ft', 'single_agent'] in manifest['comparisons']
     verdict, = claims_table([c for c in manifest['claims']
                              if c['tests'] == [['multiagent_ft@1', 'single_agent_total@1']]], rows).verdict
     assert verdict.startswith('not testable here: it holds Multiagent FT, iteration 1 against single-agent FT, equal '
                               'total updates, iteration 1')
     redraw(record, tmp_path/'figures')
-    assert 'Not compared: Multiagent FT and single-agent FT, equal total updates' in (tmp_path/'figures'/'comparisons.md').read_text()
+    assert 'Not compared: Multiagent FT and single-agent FT, equal total updates' in (
+        tmp_path/'figures'/'comparisons.md').read_text()
 
 
 def test_claims_of_one_iteration_are_read_after_the_first():

@@ -6,13 +6,15 @@ import pytest
 from conftest import REPO, tracked
 from warm import Warm
 
-# what `nbdev_test` does with one notebook; cells that are marked `eval: false` and notebooks that say `skip_exec` (papermill runs those) are passed over
+# what `nbdev_test` does with one notebook; cells that are marked `eval: false` and notebooks that say `skip_exec`
+# (papermill runs those) are passed over
 RUN = '''
 import sys
 from pathlib import Path
 from nbdev.config import get_config
 from nbdev.test import test_nb
-passed,_ = test_nb(Path(sys.argv[1]).resolve(), skip_flags=get_config().tst_flags.split(), basepath=get_config().config_path)
+passed,_ = test_nb(Path(sys.argv[1]).resolve(), skip_flags=get_config().tst_flags.split(),
+                   basepath=get_config().config_path)
 sys.exit(not passed)
 '''
 NOTEBOOKS = sorted(p for p in tracked() if p.suffix == '.ipynb' and p.parts[0] == 'nbs')
@@ -33,6 +35,6 @@ def test_notebook_runs(path, checkout, tmp_path):
 
 
 def test_nbdev_test_finds_the_same_notebooks():
-    "What is tested here is what the command would run: it passes over nothing else, and no notebook stands where it does not look."
+    "What is tested here is what the command would run: it passes over nothing else, and looks wherever notebooks are."
     from nbdev.doclinks import nbglob
     assert {Path(p).resolve().relative_to(REPO) for p in nbglob(REPO/'nbs')} == {*NOTEBOOKS}

@@ -22,7 +22,7 @@ BUILDERS = dict(hybrid_pairs=(hybrid_pairs, AGENTS, ['ada']), own_pairs=(own_pai
 
 
 def random_turns(seed, n_problems=30, n=6):
-    "Turns with few distinct texts, spaces around some, some cut off, some empty, some unscored, some problems not asked."
+    "Turns with few distinct texts, some with spaces around, cut off, empty or unscored; some problems not asked."
     rng = np.random.default_rng(seed)
     said = {a: {f'p{i}': [' '*rng.integers(2) + ['', 'one', 'two', 'three', 'four'][rng.integers(5)] for _ in range(n)]
                 for i in range(n_problems) if rng.random() < .9} for a in AGENTS}
@@ -30,8 +30,8 @@ def random_turns(seed, n_problems=30, n=6):
     score = rng.choice([0., 1., np.nan], p=[.45, .45, .1], size=len(turns))
     turns = turns.assign(correct=score, reward=rng.random(len(turns)),
                          finish_reason=rng.choice(['stop', 'length'], p=[.8, .2], size=len(turns)))
-    contexts = pd.DataFrame(dict(context_id=turns.context_id.unique())).assign(messages=lambda t: [[dict(role='user',
-                                                                                                         content=f'ask {c}')] for c in t.context_id])
+    contexts = pd.DataFrame(dict(context_id=turns.context_id.unique())).assign(
+        messages=lambda t: [[dict(role='user', content=f'ask {c}')] for c in t.context_id])
     return turns.sample(frac=1, random_state=seed).reset_index(drop=True), contexts
 
 
@@ -58,8 +58,8 @@ def test_pairs_are_what_the_rules_say(name, seed):
     asked = set(turns.problem_id[turns.agent == 'ada'])
     expected = {(p, w, l) for p in asked for w, l in product(right[p], wrong[p]) if w != l}
     table, counts = build(turns, contexts, 'ada', EVERY)
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
-           r in zip(table.problem_id, table.chosen, table.rejected)]
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip())
+           for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) == expected
     assert (table.context_id == 'ada-' + table.problem_id).all()
     assert all(prompt == [dict(role='user', content=f'ask {c}')] for prompt, c in zip(table.prompt, table.context_id))
@@ -84,8 +84,8 @@ def test_every_exclusion_is_counted(name, selection):
     assert total['problems'] == turns[selection.by].nunique()
     fate = counts.set_index(['part', 'fate'])['count']
     assert fate['pairs', 'paired'] == len(table) and fate['problems', 'paired'] == table[selection.by].nunique()
-    chosen, rejected = (f(turns, a, selection).table[selection.by].value_counts() for f,
-                        a in zip((winners, losers), [*BUILDERS[name][1:]]))
+    chosen, rejected = (f(turns, a, selection).table[selection.by].value_counts()
+                        for f, a in zip((winners, losers), [*BUILDERS[name][1:]]))
     assert total['pairs'] == (chosen*rejected).sum()
     assert (counts['count'] > 0).all() and (counts.agent == 'ada').all()
 
@@ -121,33 +121,34 @@ def test_ranked_only_takes_the_highest_reward_right_or_wrong(seed):
     best, wrong = slowly_best(turns, 2), slowly(turns, ['ada'], False)
     asked = set(turns.problem_id[turns.agent == 'ada'])
     table, counts = hybrid_pairs(turns, contexts, 'ada', selection)
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
-           r in zip(table.problem_id, table.chosen, table.rejected)]
-    assert len(got) == len(set(got)) and set(got) == {(p, w, l) for p in asked for w,
-                                                      l in product(best[p], wrong[p]) if w != l}
-    assert 'wrong' not in set(counts.query("part == 'chosen'").fate) and counts.query("part == 'chosen'")['count'].sum() == len(turns)
-    assert losers(turns, ['ada'], selection).table.equals(losers(turns, ['ada'],
-                                                                 replace(selection, verified=True)).table)
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip())
+           for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
+    assert len(got) == len(set(got))
+    assert set(got) == {(p, w, l) for p in asked for w, l in product(best[p], wrong[p]) if w != l}
+    assert 'wrong' not in set(counts.query("part == 'chosen'").fate)
+    assert counts.query("part == 'chosen'")['count'].sum() == len(turns)
+    assert losers(turns, ['ada'],
+                  selection).table.equals(losers(turns, ['ada'], replace(selection, verified=True)).table)
 
 
 @pytest.mark.parametrize('selection', [EVERY, Selection(n_positives=1, n_negatives=2, n_pairs=2, seed=3)])
 def test_reward_pairs_are_right_over_wrong_under_the_bare_question(selection):
     turns, _ = random_turns(3)
-    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(question=lambda p: 'what is '
-                                                                               + p.problem_id)
+    problems = pd.DataFrame(dict(problem_id=turns.problem_id.unique())).assign(
+        question=lambda p: 'what is ' + p.problem_id)
     table, counts = reward_pairs(turns, problems, selection)
     right, wrong = slowly(turns, AGENTS, True), slowly(turns, AGENTS, False)
     everything = {(p, w, l) for p in right for w, l in product(right[p], wrong[p]) if w != l}
-    got = [(p, c[0]['content'].strip(), r[0]['content'].strip()) for p, c,
-           r in zip(table.problem_id, table.chosen, table.rejected)]
+    got = [(p, c[0]['content'].strip(), r[0]['content'].strip())
+           for p, c, r in zip(table.problem_id, table.chosen, table.rejected)]
     assert len(got) == len(set(got)) and set(got) <= everything and (selection != EVERY or set(got) == everything)
-    assert all(prompt == [dict(role='user', content=f'what is {p}')] for prompt,
-               p in zip(table.prompt, table.problem_id))
+    assert all(prompt == [dict(role='user', content=f'what is {p}')]
+               for prompt, p in zip(table.prompt, table.problem_id))
     assert (table.agent == '').all() and (table.context_id == '').all() and set(table.chosen_agent) == set(AGENTS)
     total = counts.groupby('part')['count'].sum()
     assert total['chosen'] == total['rejected'] == len(turns) and total['problems'] == turns.problem_id.nunique()
-    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum() and (counts.agent
-                                                                                                  == '').all()
+    assert len(table) == counts.query("fate == 'paired' and part == 'pairs'")['count'].sum()
+    assert (counts.agent == '').all()
     assert table.equals(reward_pairs(turns, problems, selection).table)
 
 
@@ -159,8 +160,8 @@ def test_equal_texts_are_averaged_before_they_are_labelled():
 
 
 def test_no_seat_is_favoured_where_several_wrote_the_same():
-    turns = example_turns({agent: {f'p{i}': ['x'] for i in range(400)} for agent in ('ada', 'bob', 'cid',
-                                                                                     'dan')}).assign(correct=1.)
+    turns = example_turns({agent: {f'p{i}': ['x'] for i in range(400)}
+                           for agent in ('ada', 'bob', 'cid', 'dan')}).assign(correct=1.)
     who = winners(turns, None, EVERY).table
     assert sorted(who.problem_id) == sorted(f'p{i}' for i in range(400))
     assert who.agent.value_counts().between(70, 130).all() # 100 each, 3.5 standard errors
@@ -184,8 +185,8 @@ def test_selection_depends_neither_on_the_order_nor_on_other_problems():
     turns, contexts = random_turns(9)
     selection = Selection(n_positives=2, n_negatives=2, n_pairs=3)
     ids = lambda t: set(zip(t.chosen_id, t.rejected_id))
-    texts = turns.drop_duplicates(['problem_id', 'agent', 'text']).assign(text=lambda t: t.turn_id + t.text,
-                                                                          finish_reason='stop') # nothing merges
+    texts = turns.drop_duplicates(['problem_id', 'agent', # nothing merges
+                                   'text']).assign(text=lambda t: t.turn_id + t.text, finish_reason='stop')
     whole = ids(hybrid_pairs(texts, contexts, 'ada', selection).table)
     assert ids(hybrid_pairs(texts.sample(frac=1, random_state=1), contexts, 'ada', selection).table) == whole
     half = texts[texts.problem_id < 'p2']
@@ -268,8 +269,8 @@ def test_texts_that_break_naive_code():
     turns = example_turns({'ada': {'p': hostile}}).assign(correct=[1., 0.]*3)
     contexts = pd.DataFrame(dict(context_id=['ada-p'], messages=[[dict(role='user', content='?')]]))
     table = own_pairs(turns, contexts, 'ada', EVERY).table
-    assert {c[0]['content'] for c in table.chosen} == set(hostile[::2]) and {r[0]['content']
-                                                                             for r in table.rejected} == set(hostile[1::2])
+    assert {c[0]['content'] for c in table.chosen} == set(hostile[::2])
+    assert {r[0]['content'] for r in table.rejected} == set(hostile[1::2])
     assert len(set(hash_texts(turns.text))) == len(hostile)
 
 

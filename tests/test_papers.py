@@ -11,8 +11,9 @@ from mapo.cli import parameters, settable
 
 PAPERS = sorted((REPO/'nbs'/'papers').glob('*.ipynb'))
 
-# The parameters that make each paper notebook a matter of seconds; nothing else differs from a real run. The three papers are run as their own
-# tests run them, in the same run root: whichever comes second finds the stages finished. The grids are not, so kernels compute stages, too.
+# The parameters that make each paper notebook a matter of seconds; nothing else differs from a real run. The three
+# papers are run as their own tests run them, in the same run root: whichever comes second finds the stages finished.
+# The grids are not, so kernels compute stages, too.
 SMOKE = {
     'malt': {'preset': 'smoke', 'arms': test_malt.KINDS, **test_malt.SMALL},
     'malt_rates': {'preset': 'smoke', 'arms': 'malt_one', 'rates': [1e-4], 'overrides': test_malt.SMALL},
@@ -32,7 +33,8 @@ SMOKE = {
 def test_paper_notebook_runs(path, tmp_path):
     assert path.stem in SMOKE, f'tests/test_papers.py has no small size for {path.name}: add one to SMOKE'
     known = {**parameters(path), **settable(path.stem)} # settings by their own names, as `papermill -p` gives them
-    assert set(SMOKE[path.stem]) <= set(known), f'{path.name} has no parameter {set(SMOKE[path.stem]) - set(known)}' # papermill only warns
+    # papermill only warns
+    assert set(SMOKE[path.stem]) <= set(known), f'{path.name} has no parameter {set(SMOKE[path.stem]) - set(known)}'
     given = ['-y', json.dumps(SMOKE[path.stem])] # one of JSON's numbers, lists and texts is YAML's too
     code, output = command('papermill', path, tmp_path/'out.ipynb', '-k', 'python3', '--no-progress-bar', *given,
                            cwd=tmp_path, timeout=300)

@@ -14,7 +14,8 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='the folder of public 
 
 
 def test_import_loads_no_heavy_library():
-    code = "import sys, mapo.problems, mapo.answers; print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'sympy') if m in sys.modules])"
+    code = ("import sys, mapo.problems, mapo.answers; print([m for m in ('torch', "
+            "'transformers', 'trl', 'datasets', 'sympy') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                           check=True).stdout.strip() == '[]'
 
@@ -124,8 +125,8 @@ def test_every_line_end_and_golds_that_are_numbers(tmp_path):
             b'{"question": "s", "answer": "so #### 1,000"}']
     for end in (b'\n', b'\r\n', b'\r'):
         (tmp_path/'rows.jsonl').write_bytes(end.join(rows))
-        assert gsm8k('test', tmp_path/'rows.jsonl')[['answer', 'solution']].values.tolist() == [['5', ''], ['27.0', ''],
-                                                                                                ['1000', 'so #### 1,000']]
+        assert gsm8k('test', tmp_path/'rows.jsonl')[['answer', 'solution']].values.tolist() == [
+            ['5', ''], ['27.0', ''], ['1000', 'so #### 1,000']]
     (tmp_path/'math.jsonl').write_text('{"problem": "p", "answer": -2}\n{"problem": "q", "answer": ""}\n')
     with pytest.warns(UserWarning, match='1 problems'): assert math_500(tmp_path/'math.jsonl').answer.tolist() == ['-2']
 
@@ -165,7 +166,8 @@ def test_splits_drop_repeats_and_are_disjoint():
     pool = arithmetic(60, form='a*b-c', high=9)
     doubled = pd.concat([pool, pool.assign(problem_id=pool.problem_id + '/again', question=pool.question.str.upper())])
     split = split_problems(doubled, 40, 10, 10, seed=5)
-    assert split.question.str.casefold().nunique() == 60 and split.split.value_counts().to_dict() == dict(train=40, dev=10, test=10)
+    assert split.question.str.casefold().nunique() == 60
+    assert split.split.value_counts().to_dict() == dict(train=40, dev=10, test=10)
     other = split_problems(doubled, 40, 10, 10, seed=6)
     assert set(split[split.split == 'test'].question) != set(other[other.split == 'test'].question)
 

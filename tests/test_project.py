@@ -56,7 +56,8 @@ def test_outputs_are_for_readers(path):
         for text in texts(output):
             for rule in (TIMING, WARNING, MACHINE):
                 found = rule.search(text)
-                assert not found, f'{path} has {found[0]!r} in an output: ...{text[max(0, found.start()-80):found.end()+80]}...'
+                assert not found, (
+                    f'{path} has {found[0]!r} in an output: ...{text[max(0, found.start()-80):found.end()+80]}...')
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=str)
@@ -136,6 +137,24 @@ def test_looking_at_runs_needs_no_torch():
     assert returncode == 0, output
 
 
+def code_lines(path):
+    "(place, line) of a module's or a notebook's code; nbdev's list of what a module exports is no code."
+    if path.suffix == '.ipynb':
+        return [(f'{path} cell {cell.id} line {i}', line) for cell in read(path).cells if cell.cell_type == 'code'
+                for i, line in enumerate(cell.source.splitlines(), 1)]
+    text = (REPO/path).read_text()
+    if path.parts[0] == 'mapo':
+        text = re.sub(r'^__all__ = \[.*?\]', lambda m: '\n'*m[0].count('\n'), text, count=1, flags=re.M | re.S)
+    return [(f'{path} line {i}', line) for i, line in enumerate(text.splitlines(), 1)]
+
+
+def test_code_has_at_most_120_columns():
+    paths = [p for p in tracked() if p.suffix in ('.py', '.ipynb') and p.name != '_modidx.py']
+    assert {p.parts[0] for p in paths} >= {'mapo', 'nbs', 'tests', 'benchmarks', 'tools'}
+    long = [f'{place} has {len(line)} columns' for path in paths for place, line in code_lines(path) if len(line) > 120]
+    assert not long, '; '.join(long)
+
+
 def test_nothing_names_a_registry_or_this_machine():
     found = []
     for path in tracked():
@@ -164,7 +183,8 @@ def test_every_requirement_is_pinned_and_installed():
         pin = pins.get(requirement.name.lower().replace('_', '-'))
         assert pin and requirement.specifier.contains(pin), f'{requirement} has no pin that fits in constraints.txt'
         if requirement.name in here:
-            assert version(requirement.name).partition('+')[0] == pin, f'{requirement.name} {version(requirement.name)} is installed, {pin} is pinned'
+            assert version(requirement.name).partition('+')[0] == pin, (
+                f'{requirement.name} {version(requirement.name)} is installed, {pin} is pinned')
 
 
 def git(*arguments): return subprocess.run(['git', *arguments], cwd=REPO, capture_output=True, text=True)

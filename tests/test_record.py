@@ -12,7 +12,8 @@ from mapo.figures import plot_arms
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.multiagent_ft import MULTIAGENT_FT
-from mapo.record import _drawn, claims_note, compare_to_record, correct_record, figure_arms, load_record, redraw, save_record
+from mapo.record import (_drawn, claims_note, compare_to_record, correct_record, figure_arms, load_record, redraw,
+                         save_record)
 from written import costs, debates, everything, figures, manifest, record, rows, trees  # noqa: F401 fixtures among them
 
 
@@ -69,7 +70,8 @@ def test_a_corrected_record_keeps_its_results_and_says_what_was_wrong(record, tm
     correct_record(tmp_path/'record', '2026-11-28', 'The control was another one.', claims=claims)
     changed = [p.name for p in sorted(record.iterdir()) if p.read_bytes() != (tmp_path/'record'/p.name).read_bytes()]
     assert changed == ['manifest.json']
-    assert 'Claims corrected on 2026-11-28: The control was another one.' in claims_note(correct_record(tmp_path/'record', '2026-11-29', 'again', claims=claims))
+    assert 'Claims corrected on 2026-11-28: The control was another one.' in claims_note(
+        correct_record(tmp_path/'record', '2026-11-29', 'again', claims=claims))
     for recorded in ('run', 'comparisons', 'settings'):
         with pytest.raises(ValueError, match='was recorded and stays as it is'):
             correct_record(tmp_path/'record', '2026-11-28', 'no', **{recorded: 'another'})
@@ -103,8 +105,8 @@ def test_a_grid_of_rates_alone_is_a_record(tmp_path):
                                run='grid-1') for a in ('dpo', 'mars_po') for r in (1e-5, 3e-5, 1e-4)])
     tried.to_csv(tmp_path/'rates.csv', index=False)
     (tmp_path/'manifest.json').write_text('{"run": "grid-1"}')
-    assert {p.name for p in redraw(tmp_path, tmp_path/'drawn')} == {'rates.png', 'rates.svg', 'rates.csv', 'rates.md',
-                                                                    'grid.csv', 'grid.md'}
+    assert {p.name for p in redraw(tmp_path, tmp_path/'drawn')} == {
+        'rates.png', 'rates.svg', 'rates.csv', 'rates.md', 'grid.csv', 'grid.md'}
     assert 'grid-1' in (tmp_path/'drawn'/'rates.md').read_text()
 
 
@@ -123,12 +125,11 @@ def test_records_of_debates_and_trees_draw_what_they_hold(debates, trees, costs,
     for name in ('debates', 'trees'):
         drawn[name] = {f.name for f in redraw(tmp_path/name, tmp_path/'one'/name) if f.suffix in ('.png', '.md')}
     tables = {'results.md', 'accuracy.md', 'failures.md'}
-    assert drawn['debates'] == tables | {f'{n}.png' for n in ('accuracy', 'ablations', 'seats', 'preferences',
-                                                              'diversity', 'readouts')} | {'diversity.md',
-                                                                                           'readouts.md'}
-    assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep')
-                                       for e in ('png', 'md')} | {f'{n}.png' for n in ('accuracy', 'ablations',
-                                                                                       'equal_calls', 'critiques')}
+    assert drawn['debates'] == tables | {f'{n}.png'
+                                         for n in ('accuracy', 'ablations', 'seats', 'preferences', 'diversity',
+                                                   'readouts')} | {'diversity.md', 'readouts.md'}
+    assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep') for e in ('png', 'md')} | {
+        f'{n}.png' for n in ('accuracy', 'ablations', 'equal_calls', 'critiques')}
     for file in (tmp_path/'one').rglob('*'):
         if file.suffix in ('.md', '.svg', '.png'): assert b'0a1b2c3d' in file.read_bytes(), file.name
 

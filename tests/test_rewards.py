@@ -143,14 +143,14 @@ def test_agreement_with_a_vote_that_is_written_otherwise():
     said, problems = styled()
     votes = pd.DataFrame(dict(problem_id=[*STYLES], round=0, answer=['3, 2', r'0.7071067812', 'y=5', None], share=1.,
                               tie=False))
-    assert agrees(said, votes, problems).groupby(said.problem_id).value.sum().to_dict() == dict(roots=3, half=3, five=3,
-                                                                                                square=0) # y=5 is 5, and 5 is x=5
+    assert agrees(said, votes, problems).groupby(said.problem_id).value.sum().to_dict() == dict(
+        roots=3, half=3, five=3, square=0) # y=5 is 5, and 5 is x=5
 
 
 def test_numbers_are_compared_without_math_verify(monkeypatch):
     monkeypatch.setattr('mapo.answers._Worker.ask', lambda *_: 1/0)
-    said = example_turns({a: {'p1': [t], 'p2': ['7']} for a,
-                          t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
+    said = example_turns({a: {'p1': [t], 'p2': ['7']}
+                          for a, t in zip('abcdef', ('0.333333', '1/3', '0.3333333', '12', '12.0', '13'))})
     votes = vote(said.assign(answer=said.text), PROBLEMS)
     assert votes.answer.tolist() == ['1/3', '7'] and votes.share.tolist() == [.5, 1]
 
@@ -173,7 +173,8 @@ def test_a_reward_model_is_shown_the_bare_question_and_one_answer_once():
     assert spy.shown == [[dict(role='user', content=q), dict(role='assistant', content=a)] for q, a in
                          [('6*7', 'The answer is 42.'), ('6*7', 'The answer is 4.'), ('5-4', 'The answer is 1.'),
                           ('5-4', '')]]
-    assert rewards.value.tolist() == [0, 1, 2, 3]*4 and set(rewards.name) == {'reward'} and set(rewards.scorer_key) == {'spy-1'}
+    assert rewards.value.tolist() == [0, 1, 2, 3]*4 and set(rewards.name) == {'reward'}
+    assert set(rewards.scorer_key) == {'spy-1'}
     assert 'ada' not in str(spy.shown) and 'bob' not in str(spy.shown)
 
 
@@ -215,9 +216,8 @@ def test_concordance_is_the_share_of_pairs_by_the_letter():
 
 
 def test_only_right_answers_are_ordered():
-    said = example_turns({'ada': {'p1': list('abcd'), 'p2': list('abcd')}}).assign(correct=[1., 1., 0., 0.]*2,
-                                                                                   good=[1, 0, 0, 1]*2,
-                                                                                   reward=[2., 1., 3., 0.]*2)
+    said = example_turns({'ada': {'p1': list('abcd'), 'p2': list('abcd')}}).assign(
+        correct=[1., 1., 0., 0.]*2, good=[1, 0, 0, 1]*2, reward=[2., 1., 3., 0.]*2)
     assert order_among_right(said, 'good')['share'] == 1 and concordance(said, 'good')['share'] == .25
     table = reward_table(said.assign(other=-said.reward), 'good', 'reward',
                          'other').set_index(['reward', 'question']).share
@@ -228,7 +228,7 @@ def test_only_right_answers_are_ordered():
 @pytest.mark.parametrize('strength', [0., 1.5])
 @pytest.mark.parametrize('problems', [15, 60])
 def test_the_interval_of_the_concordance_covers(strength, problems):
-    "600 simulated tests of rewards whose true concordance is known (normal noise, shifted by the target, problems of differing strength)."
+    "600 simulated tests of rewards of known concordance (normal noise, shifted by the target, problems that differ)."
     from scipy.stats import norm
     rng, hits, differing = np.random.default_rng(1), 0, .5
     truth = norm.cdf(strength/np.sqrt(2 + differing**2))
@@ -249,7 +249,7 @@ def test_reading_answers_needs_no_gold():
 
 
 def random_trees(seed, branching=(3, 3, 3), problems=12):
-    "Trees with few distinct texts, from which a fifth of the branches are missing, in shuffled order with a broken index."
+    "Trees with few distinct texts, a fifth of the branches missing, in shuffled order with a broken index."
     rng, levels, above = np.random.default_rng(seed), [], [(f'p{i}', f'p{i}') for i in range(problems)]
     for level, n in enumerate(branching):
         rows = [dict(turn_id=f'{parent}.{i}', problem_id=problem, parent_ids=[parent] if level else [], round=level,
@@ -308,7 +308,8 @@ def test_no_turns_have_no_values():
 def test_a_tree_shows_any_text_and_runs_none(text):
     shown = show_tree(propagate(example_tree([[1, 0]])).assign(text=text, agent='<i>' + str(text)[:20]))
     html, plain = shown._repr_html_(), str(shown)
-    assert '<script' not in html and '<i>' not in html and '<b></b>' not in html and '$' not in html and '\x1b' not in html + plain and '\u202e' not in html + plain
+    assert '<script' not in html and '<i>' not in html and '<b></b>' not in html and '$' not in html
+    assert '\x1b' not in html + plain and '\u202e' not in html + plain
     assert len(plain.splitlines()) == 4 and html.count('<details') == html.count('</details>') == 4
 
 

@@ -83,7 +83,8 @@ def test_two_processes_on_one_run_share_the_work(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_rerun_imports_no_torch(root, undisturbed):
     "In a new interpreter."
-    code = EXPERIMENT+"\nimport sys\nassert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'imported'"
+    code = (EXPERIMENT+"\nimport sys\nassert not {'torch', 'transformers', "
+                       "'trl', 'datasets'} & set(sys.modules), 'imported'")
     code,said = command(sys.executable, '-c', code, cwd=root, MAPO_RUNS=str(root))
     assert code == 0, said
     assert not made(said) and contents(root) == undisturbed
@@ -97,8 +98,8 @@ def numbers(n):
 def test_a_full_disk_is_one_sentence_and_leaves_finished_work(tmp_path, monkeypatch, capsys):
     run = Run('full', {}, root=tmp_path)
     kept = run.stage(numbers, n=3)
-    monkeypatch.setattr('pyarrow.parquet.write_table', lambda table, path,
-                        **_: open('/dev/full', 'wb', buffering=0).write(b'x'))
+    monkeypatch.setattr('pyarrow.parquet.write_table',
+                        lambda table, path, **_: open('/dev/full', 'wb', buffering=0).write(b'x'))
     with pytest.raises(OSError, match='the disk of .* is full: free some space and give the same command again'):
         run.stage(numbers, n=4)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"What is drawn is a function of what is asked: records of published runs can be repeated only as long as it stays the same function."
+"What is drawn is a function of what is asked: published runs can be repeated only as long as it stays the same one."
 import pytest
 
 from mapo.sampling import request_seed

@@ -1,7 +1,8 @@
-"""The commands of the page on GPU servers, in their order, at a size of seconds and with stand-ins for the cluster and the network.
+"""The commands of the page on GPU servers, in their order, in seconds, with stand-ins for the cluster and the network.
 
-`TINY` says what is run in the place of what the page says. `pip` and `hf` only note down what they were asked for; `sbatch` runs its script
-here, all tasks of an array at once; `srun` runs its command twice at once, as two nodes would.
+`TINY` says what is run in the place of what the page says. `pip` and `hf` only note down what they were asked for;
+`sbatch` runs its script here, all tasks of an array at once; `srun` runs its command twice at once, as two nodes
+would.
 """
 import json
 import os
@@ -35,7 +36,8 @@ STANDINS = {
 given = dict(a.removeprefix('--').partition('=')[::2] for a in args[:-1])
 first, last = given['array'].split('-') if 'array' in given else (0, 0)
 place = lambda i: dict(SLURM_JOB_ID=str(7 + i)) | (dict(SLURM_ARRAY_TASK_ID=str(i)) if 'array' in given else {})
-jobs = [subprocess.Popen(['bash', args[-1]], stdout=sys.stderr, env=os.environ | place(i)) for i in range(int(first), int(last) + 1)]
+jobs = [subprocess.Popen(['bash', args[-1]], stdout=sys.stderr, env=os.environ | place(i))
+        for i in range(int(first), int(last) + 1)]
 if failed := [j.args for j in jobs if j.wait()]: sys.exit(f'{len(failed)} of {len(jobs)} tasks failed')
 print(7 if 'parsable' in given else 'Submitted batch job 7')
 '''}
@@ -53,8 +55,8 @@ def blocks():
 def tiny(text):
     for said, run in TINY.items(): text = text.replace(said, run)
     data = os.environ['MAPO_SHARED_DATA'] # in the place of a download; where it is not, nothing is loaded
-    return text.replace("benchmark('gsm8k+math', ''",
-                        f"benchmark('gsm8k', '{data}'") if os.path.isdir(f'{data}/gsm8k') else re.sub(r'^print\(benchmark.*\)"$', '"', text, flags=re.M)
+    if os.path.isdir(f'{data}/gsm8k'): return text.replace("benchmark('gsm8k+math', ''", f"benchmark('gsm8k', '{data}'")
+    return re.sub(r'^print\(benchmark.*\)"$', '"', text, flags=re.M)
 
 
 @pytest.fixture
@@ -95,8 +97,8 @@ def test_the_page_from_top_to_bottom(cluster):
                for r in (json.loads(p.read_text()) for p in root.glob('*/record.json'))}
     one,whole = records[0,],records[0, 1]
     assert all(s['reused'] for s in one['stages']), 'the same command, given again, did something twice'
-    assert whole['stages'] and all(s['reused']
-                                   for s in whole['stages']), 'the job after the array found a stage that nobody had made'
+    assert (whole['stages']
+            and all(s['reused'] for s in whole['stages'])), 'the job after the array found a stage that nobody had made'
     assert (root/whole['id']/'report.ipynb').exists() and (root/whole['id']/'record'/'results.parquet').exists()
     done = re.findall(r'(\S+) done in', ''.join(p.read_text() for p in root.glob('*/log.txt')))
     assert len(done) == len(set(done)) == len(list(root.glob('artifacts/*/manifest.json'))), 'a stage was made twice'
@@ -138,7 +140,8 @@ def test_the_plan_of_the_page_is_a_plan(cluster):
     assert 'Qwen2.5-Math-RM-72B' in out and 'GPU-hours' in out
     without = subprocess.run(shlex.split(line.replace('-p tensor_parallel=4 ', '')), capture_output=True, text=True,
                              timeout=120)
-    assert without.returncode and 'does not fit' in without.stderr and 'tensor_parallel=4' in without.stderr, without.stderr
+    assert (without.returncode and 'does not fit' in without.stderr
+            and 'tensor_parallel=4' in without.stderr), without.stderr
 
 
 def shown(notebook):

@@ -12,7 +12,8 @@ from mapo.tables import (arm_label, arm_style, arms, average_diversity, base_arm
                          comparisons_table, flag_failures,
                          flag_selection, flips_table, formatted, markdown, readouts_table, results_table, save_table,
                          show_pairs, show_table, sweep_table)
-from written import costs, debates, everything, hostile, manifest, rows, team, teams, trees  # noqa: F401 fixtures among them
+from written import (costs, debates, everything, hostile, manifest, rows, team,  # noqa: F401 fixtures among them
+                     teams, trees)
 
 
 class Text(html.parser.HTMLParser):
@@ -50,7 +51,8 @@ def test_endless_text_is_cut_and_says_so():
     say = lambda text: [dict(role='assistant', content=text)]
     shown = show_pairs(pd.DataFrame([dict(prompt=say('q'), chosen=say('x'*2_000_000), rejected=say(''), problem_id='p',
                                           agent='a', chosen_agent='a', rejected_agent='b')]))
-    assert '2,000,000 characters' in html.unescape(shown.html) and '2,000,000 characters' in repr(shown) and len(shown.html) < 10_000
+    assert '2,000,000 characters' in html.unescape(shown.html) and '2,000,000 characters' in repr(shown)
+    assert len(shown.html) < 10_000
     assert repr(show_pairs(pd.DataFrame())) == 'no pairs'
 
 
@@ -89,7 +91,8 @@ def test_a_claim_of_several_tests_holds_only_whole():
     assert [*judged.verdict] == ['fails']*2 + ['holds']*2
     assert {*judged.family} == {'further'}
     with_primary = claims_table([claim('dpo')], rows, [('dpo:a', 'base:a')])
-    assert [*with_primary.family] == ['primary', 'further'] and with_primary.p_holm[1] < judged.p_holm[3]  # two families of one test, no family of four
+    # two families of one test, no family of four
+    assert [*with_primary.family] == ['primary', 'further'] and with_primary.p_holm[1] < judged.p_holm[3]
 
 
 def drawn(differences, seeds=3, problems=50):
@@ -164,8 +167,8 @@ def test_bias_of_a_selection_is_named_and_chance_is_not():
         weights = rng.normal(100, 5, (5, 3, 3))
         table = pd.DataFrame([dict(arm='mars_po', seed=s, iteration=t, source_agent=a, candidates=100.,
                                    selected=weights[s, t, i], candidate_tokens=20.,
-                                   selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3) for i,
-                              a in enumerate('abc')])
+                                   selected_tokens=20 + rng.normal(0, .5)) for s in range(5) for t in range(3)
+                              for i, a in enumerate('abc')])
         named.append(str(flag_selection(table).failure[0]))
     assert .01 < np.mean(['length' in n for n in named]) < .11  # .05, one standard error .02
     assert np.mean(['source agent' in n for n in named]) < .08
@@ -187,7 +190,8 @@ def test_a_source_that_is_never_chosen_is_no_gap(everything):
 def test_grids_of_unequal_size_are_refused(everything):
     with pytest.raises(ValueError, match='as many learning rates'): choose_rates(everything['rates'][1:])
     chosen = choose_rates(everything['rates'])
-    assert {*chosen.learning_rate} == {3e-5} and chosen.edge.isna().all() and {*chosen.ties} == {'1e-5'} and {*chosen.grid} == {3}
+    assert {*chosen.learning_rate} == {3e-5} and chosen.edge.isna().all() and {*chosen.ties} == {'1e-5'}
+    assert {*chosen.grid} == {3}
 
 
 def test_names_have_one_look_each():
@@ -243,8 +247,8 @@ def test_one_seed_keeps_its_interval_and_several_widen_it(debates):
 
 def test_readouts_and_flips_stand_in_their_order(debates, trees):
     assert [*readouts_table(debates['readouts']).columns[[2, 5, 8]]] == ['alone', 'vote', 'debate']
-    assert [*readouts_table(trees['readouts']).columns[[2, 5, 8, 11]]] == ['after generator', 'after verifier',
-                                                                           'after refiner', 'vote']
+    assert [*readouts_table(trees['readouts']).columns[[2, 5, 8, 11]]] == [
+        'after generator', 'after verifier', 'after refiner', 'vote']
     assert [*flips_table(trees['flips']).arm[:4]] == ['sa', 'sa_vote', 'sa_vote_nine', 'ma']
 
 
@@ -252,6 +256,5 @@ def test_swept_words_and_numbers_have_an_order(trees):
     words = pd.DataFrame([dict(setting='order', value=v, arm='malt', accuracy=.6, low=.5, high=.7)
                           for v in ('b', 'c', 'a')])
     both = sweep_table(pd.concat([words, trees['sweep'].query("setting == 'threshold'").astype(dict(value=str))]))
-    assert [*both.value] == ['a', 'b', 'c'] + ['0.3']*3 + ['0.5']*3 + ['0.7']*3 and [*both.arm[3:6]] == ['star_ma',
-                                                                                                         'malt_one',
-                                                                                                         'malt']
+    assert [*both.value] == ['a', 'b', 'c'] + ['0.3']*3 + ['0.5']*3 + ['0.7']*3
+    assert [*both.arm[3:6]] == ['star_ma', 'malt_one', 'malt']

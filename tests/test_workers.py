@@ -36,5 +36,5 @@ def test_a_group_is_one_workers(tmp_path):
     for worker, file, test in re.findall(r'\[(gw\d)\] .* PASSED tests/test_(\w+)\.py::(\w+)', said):
         took.setdefault('both' if 'group' in test else file, []).append(worker)
     assert {group: len(workers) for group, workers in took.items()} == dict(one=4, two=4, three=4, both=3)
-    assert all(len({*workers}) == 1 for workers in took.values()) and len({w for workers in took.values()
-                                                                           for w in workers}) == 2, took
+    assert all(len({*workers}) == 1
+               for workers in took.values()) and len({w for workers in took.values() for w in workers}) == 2, took

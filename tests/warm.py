@@ -1,8 +1,8 @@
 """Processes that begin with the libraries imported.
 
-Importing torch, transformers and TRL takes six CPU-seconds, and many tests want a process of their own: to kill it, or because a
-notebook may change whatever it likes. So one process imports the libraries and does nothing else; a fork of it is as clean as a
-new interpreter. mapo itself is imported by the fork, from wherever it is told.
+Importing torch, transformers and TRL takes six CPU-seconds, and many tests want a process of their own: to kill it,
+or because a notebook may change whatever it likes. So one process imports the libraries and does nothing else; a fork
+of it is as clean as a new interpreter. mapo itself is imported by the fork, from wherever it is told.
 """
 import atexit
 import contextlib
@@ -36,7 +36,8 @@ class Warm:
         self.ended.unlink(missing_ok=True)
         job = dict(code=code, argv=[*map(str, argv)], cwd=str(cwd or Path.cwd()),
                    env=os.environ | {k: str(v) for k, v in env.items()}, said=str(said))
-        if Warm.server is None or Warm.server.poll() is not None: start() # a test may have ended all that this process had started
+        # a test may have ended all that this process had started
+        if Warm.server is None or Warm.server.poll() is not None: start()
         Warm.server.stdin.write(json.dumps(job)+'\n')
         Warm.server.stdin.flush()
         self.pid = int(Warm.server.stdout.readline())
@@ -87,7 +88,8 @@ def serve():
             job = json.loads(line)
             pid = os.fork()
             if not pid: return run(**job)
-            with contextlib.suppress(PermissionError): os.setpgid(pid, pid) # it has done so itself and is further already
+            # it has done so itself and is further already
+            with contextlib.suppress(PermissionError): os.setpgid(pid, pid)
             running[pid] = job['said']
             print(pid, flush=True)
         for pid in [*running]: reap(pid, running)

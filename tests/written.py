@@ -23,8 +23,8 @@ def team(arm, levels, seeds=(0, 1), problems=60, greedy=True):
     rng = np.random.default_rng(abs(hash_of(arm)))
     return pd.DataFrame([dict(arm=arm, seed=s, iteration=t, agent=agent, problem_id=f'p{i:02}', n=8,
                               c=int(rng.binomial(8, p)), greedy=float(rng.random() < p) if greedy else np.nan)
-                         for s in seeds for t, agents in levels.items() for agent,
-                         p in agents.items() for i in range(problems)])
+                         for s in seeds for t, agents in levels.items() for agent, p in agents.items()
+                         for i in range(problems)])
 
 
 def hash_of(text): return sum(map(ord, text))
@@ -32,8 +32,8 @@ def hash_of(text): return sum(map(ord, text))
 
 def teams(levels, seeds=(0, 1), problems=60):
     "Compact rows of teams that answer together; levels[arm][iteration] is the expected accuracy."
-    return pd.concat([team(arm, {t: dict(team=p) for t, p in line.items()}, seeds, problems, greedy=False) for arm,
-                      line in levels.items()], ignore_index=True)
+    return pd.concat([team(arm, {t: dict(team=p) for t, p in line.items()}, seeds, problems, greedy=False)
+                      for arm, line in levels.items()], ignore_index=True)
 
 
 def figures(experiment, rows):
@@ -68,8 +68,8 @@ def record(rows, costs, tmp_path_factory):
 @pytest.fixture(scope='session')
 def everything():
     "All arms of the recorded run of Mars-PO: two teams, and an arm of one iteration."
-    mars, rng, one, two = [a.name for a in MARS_PO.arms][:17], np.random.default_rng(0), dict(borrows=.5, carries=.6,
-                                                                                              products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4}
+    mars, rng, one, two = ([a.name for a in MARS_PO.arms][:17], np.random.default_rng(0),
+                           dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4})
     grow = lambda agents, by: {a: p + by for a, p in agents.items()}
     rows = []
     for arm in mars:
@@ -98,8 +98,7 @@ def debates():
     untrained = ['base', 'majority', 'debate', 'unique_ids', 'cooperative', 'debate_five']
     trained = [arm.name for arm in MULTIAGENT_FT.arms if arm.trained]
     assert len(trained) == 16
-    rows = teams({a: {0: .5 + .01*i} for i,
-                  a in enumerate(untrained)}
+    rows = teams({a: {0: .5 + .01*i} for i, a in enumerate(untrained)}
                  | {a: {t: .6 + .01*t for t in ((1,) if '_five' in a or 'dpo' in a else (1, 2, 3))} for a in trained})
     last = rows.groupby('arm').iteration.max()
     diversity = pd.DataFrame([dict(arm=a, seed=s, iteration=t, measure=m, round=r, mean=v + .02*rng.normal(),
@@ -108,8 +107,8 @@ def debates():
                               for m, r, v in (('consensus', 0, .6), ('consensus', 1, .8), ('dissimilarity', 1, .4),
                                               ('nll', 1, .5), ('kl', 1, .2), ('kl_to_base', 1, .3))])
     readouts = pd.DataFrame([dict(arm=a, iteration=t, readout=way, accuracy=.5 + .1*k, low=.45 + .1*k, high=.55 + .1*k,
-                                  seeds=2, problems=60) for a, t in last.items() for k,
-                             way in enumerate(('alone', 'debate', 'vote'))])
+                                  seeds=2, problems=60) for a, t in last.items()
+                             for k, way in enumerate(('alone', 'debate', 'vote'))])
     return dict(rows=rows, diversity=diversity, readouts=readouts)
 
 
@@ -118,15 +117,13 @@ def trees():
     "Every arm of MALT, with what was measured beside accuracy."
     levels = {a: {0: .5} for a in ('sa', 'sa_vote', 'sa_vote_nine', 'ma', 'ma_vote', 'ma_shuffled',
                                    'debate')} | {arm.name: {1: .6} for arm in MALT.arms if arm.trained and arm.label}
-    flips = pd.DataFrame([dict(arm=a, iteration=max(t), flip=f, share=v, low=v - .02, high=v + .02) for a,
-                          t in levels.items() for f,
-                          v in (('wrong to right', .1), ('right to right', .5), ('wrong to wrong', .37),
-                                ('right to wrong', .03))])
+    flips = pd.DataFrame([
+        dict(arm=a, iteration=max(t), flip=f, share=v, low=v - .02, high=v + .02) for a, t in levels.items()
+        for f, v in (('wrong to right', .1), ('right to right', .5), ('wrong to wrong', .37), ('right to wrong', .03))])
     readouts = pd.DataFrame([dict(arm=a, iteration=max(t), readout=way, accuracy=.5 + .04*k, low=.45 + .04*k,
-                                  high=.55 + .04*k, seeds=2, problems=60) for a, t in levels.items() for k,
-                             way in enumerate(('vote', 'after verifier', 'after refiner', 'after generator'))])
-    sweep = pd.DataFrame([dict(setting=n, value=v, arm=a, accuracy=.6, low=.55, high=.65) for a in ('malt', 'malt_one',
-                                                                                                    'star_ma') for n,
-                          values in (('branching', (2, 3, 4, 5)), ('threshold', (.3, .5, .7)), ('votes', (1, 3, 9)))
-                          for v in values])
+                                  high=.55 + .04*k, seeds=2, problems=60) for a, t in levels.items()
+                             for k, way in enumerate(('vote', 'after verifier', 'after refiner', 'after generator'))])
+    sweep = pd.DataFrame([dict(setting=n, value=v, arm=a, accuracy=.6, low=.55, high=.65)
+                          for a in ('malt', 'malt_one', 'star_ma') for n, values in (
+        ('branching', (2, 3, 4, 5)), ('threshold', (.3, .5, .7)), ('votes', (1, 3, 9))) for v in values])
     return dict(rows=teams(levels), flips=flips, readouts=readouts, sweep=sweep)
