@@ -40,8 +40,8 @@ ROLES = ('generator', 'verifier', 'refiner') # in the order in which they speak
 class Malt(Settings):
     "Settings of the MALT experiment; the defaults are the tiny preset."
     generator:str='tiny:base'    # model of the generator before training; paper: one base model for all three roles
-    verifier:str='tiny:base'     # ... of the verifier, of another family if wanted
-    refiner:str='tiny:base'      # ... of the refiner
+    verifier:str='tiny:base'     # model of the verifier before training, of another family if wanted
+    refiner:str='tiny:base'      # model of the refiner before training
     generator_prompt:str='<solve>{question}' # the paper's prompts are not printed
     verifier_prompt:str='<verify>{question}<quote>{generator}</quote>' # shows the question and the turn before
     refiner_prompt:str='<refine>{question}<quote>{generator}</quote><critique>{verifier}</critique>' # shows everything
@@ -183,7 +183,7 @@ _ARMS = (
     ChainArm('malt_generator_dpo', 'malt', votes=1, changes=_generator_dpo,
              label='MALT, generator with DPO', color='#6B3E00', marker='s'),
     ChainArm('malt_twice', 'malt', votes=1, changes=_twice, variant_of='malt', label='MALT, two rounds',
-             color='#A65A00', marker='P'),
+             color='#663700', marker='P'),
     ChainArm('no_generator', 'malt', votes=1, untrained=(G,),
              label='MALT, generator untrained', color='#8DBEDB', marker='d'),
     ChainArm('no_verifier', 'malt', votes=1, untrained=(V,),

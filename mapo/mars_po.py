@@ -50,15 +50,15 @@ class MarsPO(Settings):
     bias:str=''                  # what the reward likes besides: 'length', or an agent's name; '' for nothing; ours
     bias_strength:float=1.       # of that, in standard deviations of the reward; ours
     reward_model:str=''          # a path; paper: "Qwen2.5-Math-RM-72B"; '' trains one on the first iteration's grades
-    reward_init:str='tiny:products' # what such a training starts from; ours
-    reward_updates:int=100       # of such a training; ours
-    reward_learning_rate:float=1e-3 # of such a training; ours
+    reward_init:str='tiny:products' # what the training of a reward model starts from; ours
+    reward_updates:int=100       # updates of a reward model's training; ours
+    reward_learning_rate:float=1e-3 # rate of a reward model's training; ours
     n_positives:int=2            # positives per problem; the paper is silent
     n_negatives:int=2            # negatives per problem; the paper is silent
     n_pairs:int=4                # pairs per problem; the paper is silent
     beta:float=0.1               # DPO's inverse temperature; the paper is silent, IRPO 0.1
     alpha_first:float=0.1        # weight of the likelihood term in the first iteration; paper: "from 0.1 to 0.4"
-    alpha_last:float=0.4         # ... and in the last
+    alpha_last:float=0.4         # weight of the likelihood term in the last iteration
     updates:int=50               # per agent and iteration, in all arms; 0: `epochs`; paper silent, "16" pairs an update
     epochs:float=1.              # passes over an agent's pairs or examples, per iteration; the paper is silent
     learning_rate:float=3e-5     # of arms that `learning_rates` does not name; paper: "7e-7", for models of 7-8 B
@@ -234,7 +234,7 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
     "Train a reward model on graded answers."
     if s.reward_model: return None
     grades = _graded(run, s, graded, seed)
-    selection = replace(s.selection(seed), order='', verified=True, n_positives=0, n_negatives=0, n_pairs=2*s.n_pairs)
+    selection = replace(s.selection(seed), missed=False, order='', verified=True, n_positives=0, n_negatives=0, n_pairs=2*s.n_pairs)
     data = run.stage(reward_pairs, turns=(turns, *grades), problems=problems, selection=selection)
     objective = Reward(**s.batch(), updates=s.reward_updates, learning_rate=s.reward_learning_rate, seed=seed)
     made = fit(run, s, 'reward model', objective, licensed('reward', s.reward_init), data)

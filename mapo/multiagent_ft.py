@@ -39,7 +39,7 @@ class MultiagentFT(Settings):
     summarize:bool=True          # critics read a summary of the others by the untrained model; paper: "summarization"
     prompt:str=ROLES['generator'] # what a generator is asked
     critic_prompt:str=ROLES['critic'] # what a critic is told where others' answers are pasted
-    reader_prompt:str=ROLES['critic_of_summary'] # ... and where it reads a summary
+    reader_prompt:str=ROLES['critic_of_summary'] # what a critic is told where it reads a summary
     summarizer_prompt:str=ROLES['summarizer'] # what a summarizer is asked
     judge_prompt:str=ROLES['critic'] # what a critic is told that compares its answer with one other
     quote:str=QUOTE              # how one answer is shown
@@ -189,9 +189,8 @@ ARMS = (
     DebateArm('multiagent_ft_critics', models='critics', changes=_once(), base='debate',
               label='Multiagent FT, generators untuned', color='#AD1457', marker='>'),
     *(DebateArm(f'multiagent_ft_w_{round(100*w)}', models='each', changes=_once(corrected=w), base='debate',
-                variant_of='multiagent_ft',
-                sweep=('corrected', round(w, 2)), label=f'Multiagent FT, w = {w:.2g}', color='#EC407A', marker='^')
-      for w in (0., 1/3, 1.)),
+                variant_of='multiagent_ft', sweep=('corrected', round(w, 2)), label=f'Multiagent FT, w = {w:.2g}',
+                color=color, marker='^') for w, color in ((0., '#F48FB1'), (1/3, '#EC407A'), (1., '#AD1457'))),
     DebateArm('multiagent_ft_all_turns', models='each', changes=_once(critic_turns='all agreeing'), base='debate',
               label="Multiagent FT, all of critics' agreeing turns", color='#EC407A', marker='h'),
     DebateArm('majority_nine', 'vote', changes=_once(voters=9), base='base',

@@ -30,7 +30,7 @@ SIZE = ['--preset', 'smoke', '-p', 'n_train=12', '-p', 'n_dev=6', '-p', 'n_test=
     ('mars_po -p seeds=["a"]', "a seed is a whole number from 0 to 4294967295, not 'a'"),
     ('mars_po -p seeds=[]', 'mars_po: seeds must be distinct whole numbers, at least one'),
     ('mars_po_rates --preset huge', "mars_po has no preset 'huge'"),
-    ('malt_rates -p overrides={"n_trains":3}', "malt has no parameter 'n_trains'"),
+    ('malt_rates -p overrides={"n_trains":3}', "malt_rates has no parameter 'n_trains' (did you mean 'n_train'?)"),
     ('mars_po -p n_samples=0', 'n_samples must be at least 1, not 0'),
     ('malt marspo', "there is no experiment 'marspo' (did you mean 'mars_po'?)"),
     ('malt mars_po --arms malt', "mars_po has no arm 'malt'"),
@@ -277,7 +277,7 @@ def test_help_explains_the_parameters_of_an_experiment(capsys):
         assert not stopped.value.code
         out = capsys.readouterr().out
         assert 'usage: mapo ' in out
-        assert 'alpha_last (float)                 weight of the likelihood term, last iteration' in out
+        assert 'alpha_last (float)                 weight of the likelihood term in the last iteration' in out
         assert ('branching (list)' in out) == ('malt' in words)
     with pytest.raises(SystemExit): cli.main(['run', '-h'])
     assert "mars_po              Agents learn from each other's right answers" in capsys.readouterr().out

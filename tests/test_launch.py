@@ -1,7 +1,7 @@
-"""What a training does in several processes: the same numbers as in one, no orphans, and a sentence for whatever goes wrong.
+"""A training in several processes: the same numbers as in one, no orphans, and a sentence for whatever goes wrong.
 
-A launch takes seconds (every process imports torch), so each is used for as many questions as it can answer. FSDP and ZeRO-3
-run here on a CPU, with gloo: accelerate is told that the CPU is the accelerator that they want.
+A launch takes seconds (every process imports torch), so each is used for as many questions as it can answer. FSDP and
+ZeRO-3 run here on a CPU, with gloo: accelerate is told that the CPU is the accelerator that they want.
 """
 import os, signal, socket, subprocess, sys, threading, time
 from dataclasses import replace
@@ -94,7 +94,8 @@ def undisturbed(table, tmp_path_factory):
     return made
 
 
-# each process works on the jobs in turn; an update that is named makes the training fall over, as far as a process group survives it
+# each process works on the jobs in turn; an update that is named makes the training fall over, as far as a process
+# group survives it
 RANKS = '''
 import os, sys
 from pathlib import Path
@@ -108,7 +109,8 @@ from mapo import training
 original = training.ExampleTrainer.log
 def log(self, logs, start_time=None):
     original(self, logs, start_time)
-    if Path(self.args.output_dir).parent.name == 'falls' and self.state.global_step == 3 and not self.resumed: raise InterruptedError
+    falls = Path(self.args.output_dir).parent.name == 'falls' and self.state.global_step == 3
+    if falls and not self.resumed: raise InterruptedError
 training.ExampleTrainer.log = log
 for folder in map(Path, sys.argv[2:]):
     job,_ = training._read_job(folder)
@@ -155,13 +157,14 @@ def test_two_processes_compute_what_one_does(initial, untied, table, undisturbed
 
 @pytest.mark.slow
 def test_one_launched_process_writes_the_bytes_of_none(initial, table, tmp_path, capfd):
-    one,none = (trained('dpo', initial, table, tmp_path/name, launch=launch) for name,
-                launch in [('one', Launch('ddp', 1)), ('none', Launch())])
-    assert one.log.equals(none.log) and one.counts == none.counts and one.model == replace(none.model,
-                                                                                           path=str(tmp_path/'one'))
-    assert one.cost.keys() == none.cost.keys() and one.cost['tokens'] == none.cost['tokens'] and one.cost['updates'] == 4
-    assert {p.name: p.read_bytes() for p in (tmp_path/'one').iterdir()} == {p.name: p.read_bytes()
-                                                                            for p in (tmp_path/'none').iterdir()}
+    one,none = (trained('dpo', initial, table, tmp_path/name, launch=launch)
+                for name, launch in [('one', Launch('ddp', 1)), ('none', Launch())])
+    assert one.log.equals(none.log) and one.counts == none.counts
+    assert one.model == replace(none.model, path=str(tmp_path/'one'))
+    assert one.cost.keys() == none.cost.keys() and one.cost['tokens'] == none.cost['tokens']
+    assert one.cost['updates'] == 4
+    assert {p.name: p.read_bytes()
+            for p in (tmp_path/'one').iterdir()} == {p.name: p.read_bytes() for p in (tmp_path/'none').iterdir()}
     out,err = capfd.readouterr()
     assert not out and 'arning' not in err
 
@@ -185,7 +188,7 @@ def step(folder):
 
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_path):
-    "One process dies by kill -9 after a checkpoint, the next start goes on from it, to the weights of an undisturbed training."
+    "One process dies by kill -9 after a checkpoint, the next start goes on, to the weights of an undisturbed one."
     settings,folder = DPO(**K | dict(updates=40), alpha=.4),tmp_path/'out'/'launch'
     def kill():
         wait_for(lambda: step(folder) >= 11)
@@ -193,7 +196,8 @@ def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(ChildProcessError,
-                       match=r"launched training of 'random0' died: process 1 of 2 was ended by SIGKILL.* goes on from the last one when"):
+                       match=r"launched training of 'random0' died: process 1 of 2 "
+                             r"was ended by SIGKILL.* goes on from the last one when"):
         trained('dpo', initial, table, tmp_path/'out', settings, launch=TWO, checkpoint_every=10, progress=False)
     killer.join()
     assert not processes(folder)
@@ -205,7 +209,8 @@ def test_a_killed_process_is_named_and_the_training_goes_on(initial, table, tmp_
     resumed = trained('dpo', initial, table, tmp_path/'out', settings, launch=TWO, progress=False)
     whole = trained('dpo', initial, table, tmp_path/'whole', settings, progress=False)
     agree(resumed.log[:20], tmp_path/'out', replace(whole, log=whole.log[:20]), atol=5e-3)
-    assert len(resumed.log) == 40 and not (tmp_path/'out'/'launch').exists() and not (tmp_path/'out'/'checkpoints').exists()
+    assert len(resumed.log) == 40 and not (tmp_path/'out'/'launch').exists()
+    assert not (tmp_path/'out'/'checkpoints').exists()
 
 
 PARENT = '''
@@ -299,7 +304,7 @@ def test_one_process_uses_one_gpu(initial, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('path', sorted(LAUNCH.glob('*.yaml')), ids=lambda p: p.stem)
 def test_configurations_are_accelerates(path):
-    "accelerate refuses unknown keys at the top, and silently takes any below: those are compared with what its command knows."
+    "accelerate refuses unknown keys at the top, and silently takes any below: those are compared with its command."
     config,known = load_config_from_file(str(path)),set(vars(launch_command_parser().parse_args(['x'])))
     assert set(config.fsdp_config) <= known and set(config.deepspeed_config) <= known
     assert config.num_processes == 8 and config.num_machines == 1

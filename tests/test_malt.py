@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mapo.cli import checked, settable
-from mapo.experiment import Step, checkable, compute, experiment
+from mapo.experiment import Step, checkable, compute, experiment, rows as compact_rows
 from mapo.malt import (ARMS, CLAIMS, COMPARISONS, CORE, MALT, Malt, make_harder, other_critiques, verdict_row,
                        word_problems)
 from mapo.methods import make_problems
@@ -224,4 +224,4 @@ def test_a_second_round_grows_a_tree_of_trained_roles(runs):
     learnt = {f.learner for f in first.fits if f.training}
     again = second.turns.read('turns').groupby('role').model_key.first()
     assert {role for role, key in again.items() if key not in set(told)} == learnt
-    assert rows(MALT, settings, steps).query("arm == 'malt_twice'").iteration.unique().tolist() == [1, 2]
+    assert compact_rows(MALT, settings, steps).query("arm == 'malt_twice'").iteration.unique().tolist() == [1, 2]

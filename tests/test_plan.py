@@ -213,16 +213,16 @@ def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
 def test_limits_are_those_of_engines_and_training():
     import inspect
     from mapo.diversity import kl_between, nll_among
-    from mapo.training import Training
-    assert Training().max_length == MAX_LENGTH
+    from mapo.objectives import Objective
+    assert Objective().max_length == MAX_LENGTH
     assert re.search(rf'else {BUDGET}\b', (REPO/'mapo'/'engines.py').read_text())
     assert [inspect.signature(fn).parameters['token_budget'].default
             for fn in (nll_among, kl_between)] == [NLL_BUDGET, KL_BUDGET]
 
 
 def test_settings_that_a_machine_may_be_told_are_those_of_training():
-    from mapo.training import Training
-    known = {f.name for f in fields(Training)}
+    from mapo.objectives import Objective
+    known = {f.name for f in fields(Objective)}
     for name in ('batch_size', 'micro_batch_size', 'updates', 'lora_rank',
                  *{'quantized', 'gradient_checkpointing'} & known):
         assert name in {f.name for f in fields(Learning)}
@@ -486,7 +486,7 @@ def test_a_machine_adds_up():
     assert float(sums['GPU-hours that are paid for'].replace(',', '')) == pytest.approx(8*table.hours.sum(), rel=.01)
     assert table.stages.sum() == len({row['key'] for row in plan._rows})
     assert (table.GB <= 72).all()
-    assert plan_paper('malt', 'paper', on='8xH100-80').table.tokens.sum() > 2*plan.table.tokens.sum()
+    assert plan_paper('malt', 'paper', on='8xH100-80').table.tokens.sum() > 1.5*plan.table.tokens.sum()
 
 
 def test_this_machine_is_measured():

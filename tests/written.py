@@ -68,7 +68,7 @@ def record(rows, costs, tmp_path_factory):
 @pytest.fixture(scope='session')
 def everything():
     "All arms of the recorded run of Mars-PO: two teams, and an arm of one iteration."
-    mars, rng, one, two = ([a.name for a in MARS_PO.arms][:17], np.random.default_rng(0),
+    mars, rng, one, two = ([a.name for a in MARS_PO.arms], np.random.default_rng(0),
                            dict(borrows=.5, carries=.6, products=.55), {'same-0': .4, 'same-1': .4, 'same-2': .4})
     grow = lambda agents, by: {a: p + by for a, p in agents.items()}
     rows = []
@@ -97,7 +97,7 @@ def debates():
     rng = np.random.default_rng(0)
     untrained = ['base', 'majority', 'debate', 'unique_ids', 'cooperative', 'debate_five']
     trained = [arm.name for arm in MULTIAGENT_FT.arms if arm.trained]
-    assert len(trained) == 16
+    assert len(trained) == 24
     rows = teams({a: {0: .5 + .01*i} for i, a in enumerate(untrained)}
                  | {a: {t: .6 + .01*t for t in ((1,) if '_five' in a or 'dpo' in a else (1, 2, 3))} for a in trained})
     last = rows.groupby('arm').iteration.max()
