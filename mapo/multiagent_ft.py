@@ -356,8 +356,7 @@ def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agent
                                    'critics') else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
     start = team.base if s.init == 'initial' else team.agents[agent].model
     how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate,
-                                         warmup=s.warmup,
-                                         schedule=s.schedule, max_length=s.max_length, seed=seed)
+                                         warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, seed=seed)
     if arm.pairs and name.startswith('gen'):
         selection = Selection(score=arm.pairs, n_positives=0, n_negatives=0, n_pairs=0, seed=seed)
         first = turns.where(round=0)
@@ -539,8 +538,7 @@ def diversity(run:Run, s:MultiagentFT, step:Step)->Artifact:
     models = {a: agent.model for a, agent in step.team.agents.items()}
     said = step.measured['turns']
     return run.stage(measure_diversity, turns=(said, step.measured['voted']), contexts=said, problems=step.problems,
-                     models=models,
-                     base=step.team.base, n=s.n_diversity, encoder=s.encoder)
+                     models=models, base=step.team.base, n=s.n_diversity, encoder=s.encoder)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #44181915
 COMPARISONS = [['multiagent_ft', other] for other in ('debate', 'majority_ft', 'star', 'single_agent',
@@ -624,8 +622,7 @@ FIGURES = dict(
            'cooperative', 'cooperative_ft'],
     preferences=['multiagent_ft', 'debate_dpo', 'debate_dpo_majority'],
     controls=['debate', 'majority_nine', 'majority_ft_nine', 'single_agent_epochs', 'multiagent_ft',
-              'multiagent_ft_epochs',
-              'multiagent_ft_generators', 'multiagent_ft_critics'],
+              'multiagent_ft_epochs', 'multiagent_ft_generators', 'multiagent_ft_critics'],
     lessons=['multiagent_ft', 'multiagent_ft_w_0', 'multiagent_ft_w_33', 'multiagent_ft_w_100',
              'multiagent_ft_all_turns'],
     readouts=_MAIN, diversity=_MAIN)

@@ -207,8 +207,7 @@ def test_columns_are_those_of_the_data_model_and_survive_parquet_datasets_and_co
     pairs = pd.concat([hybrid_pairs(turns, contexts, a).table for a in AGENTS], ignore_index=True)
     examples = hybrid_positives(turns, contexts, 'bob').table
     assert [*pairs] == ['prompt', 'chosen', 'rejected', 'problem_id', 'agent', 'context_id', 'chosen_id', 'rejected_id',
-                        'chosen_agent',
-                        'rejected_agent', 'chosen_model', 'rejected_model', 'rejected_finish']
+                        'chosen_agent', 'rejected_agent', 'chosen_model', 'rejected_model', 'rejected_finish']
     assert pairs.rejected_finish.tolist() == turns.set_index('turn_id').finish_reason[pairs.rejected_id].tolist()
     assert set(pairs.rejected_finish) == {'stop', 'length'}
     assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent',
