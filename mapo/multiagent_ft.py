@@ -352,8 +352,8 @@ def worth_learning(
 def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agents:tuple, turns:Artifact, scores:tuple,
           seed:int)->Fit:
     "Choose what one model learns from, and train it on that."
-    agent = name if arm.models in ('each', 'generators',
-                                   'critics') else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
+    agent = (name if arm.models in ('each', 'generators', 'critics') else f'gen-{name[5:]}' if arm.models == 'seats'
+             else 'gen-1')
     start = team.base if s.init == 'initial' else team.agents[agent].model
     how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate,
                                          warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, seed=seed)
@@ -680,8 +680,8 @@ def _learnt_by(step, f):
                             tokens_trained=log['tokens_trained'], updates=log['updates'], kept_as_it_was=f.reason)
 
 def _diversity(found):
-    return pd.concat([a.read('diversity').assign(**step.at()) for step, a in found],
-                     ignore_index=True) if found else None
+    if found: return pd.concat([a.read('diversity').assign(**step.at()) for step, a in found], ignore_index=True)
+    return None
 
 def _cuts(steps): # contexts that were shortened, in training and in evaluation
     said = [(step, purpose, a) for step in steps

@@ -86,9 +86,8 @@ def _named(config): # the fields of `Sizes` but the parameters
 # %% ../nbs/api/23_plan.ipynb #3440ef25
 def _config(family, hidden, intermediate, layers, heads, kv_heads, vocabulary, window, tied=False, **more):
     return dict(model_type=family, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=window,
-                tie_word_embeddings=tied) | more
+                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                max_position_embeddings=window, tie_word_embeddings=tied) | more
 
 CONFIGS = {
     'Qwen/Qwen2.5-Math-7B-Instruct': _config('qwen2', 3584, 18944, 28, 28, 4, 152064, 4096),

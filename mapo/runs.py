@@ -681,9 +681,8 @@ class Run:
 
     def __repr__(self): return f'{self.id} in {self.folder}: {len(self.stages)} stages'
     def _repr_html_(self):
-        counts = pd.DataFrame(self.stages,
-                              columns=['stage', 'key', 'source', 'reused', 'cpu_s',
-                                       'wall_s']).groupby('stage', sort=False).size()
+        stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s'])
+        counts = stages.groupby('stage', sort=False).size()
         return f"<b>{escape(self.id)}</b>: " + ', '.join(f'{n} × {escape(s)}' for s, n in counts.items())
 
 # %% ../nbs/api/12_runs.ipynb #7e56eb00

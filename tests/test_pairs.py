@@ -185,8 +185,8 @@ def test_selection_depends_neither_on_the_order_nor_on_other_problems():
     turns, contexts = random_turns(9)
     selection = Selection(n_positives=2, n_negatives=2, n_pairs=3)
     ids = lambda t: set(zip(t.chosen_id, t.rejected_id))
-    texts = turns.drop_duplicates(['problem_id', 'agent', # nothing merges
-                                   'text']).assign(text=lambda t: t.turn_id + t.text, finish_reason='stop')
+    once = turns.drop_duplicates(['problem_id', 'agent', 'text'])
+    texts = once.assign(text=lambda t: t.turn_id + t.text, finish_reason='stop') # nothing merges
     whole = ids(hybrid_pairs(texts, contexts, 'ada', selection).table)
     assert ids(hybrid_pairs(texts.sample(frac=1, random_state=1), contexts, 'ada', selection).table) == whole
     half = texts[texts.problem_id < 'p2']
