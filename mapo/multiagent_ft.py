@@ -119,7 +119,7 @@ def speakers(
 class DebateArm(Arm):
     "An arm: how it answers, who learns, and from what."
     readout:str='debate'   # how its agents answer: 'alone', 'vote' or 'debate'
-    models:str=''          # trained: '', 'each' generator and critic, 'generators', 'critics', 'seats', 'one', 'first'
+    models:str=''          # trained: '' none, 'each' role, 'generators', 'critics', 'seats', 'one' for all, 'first'
     debated:bool=True      # it learns from debates; else from first answers and their majority
     score:str='agrees'     # what makes an answer worth learning
     pairs:str=''           # the score that decides generators' pairs; '' makes examples
