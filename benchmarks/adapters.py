@@ -90,8 +90,7 @@ def measure(way, folder, path, agents):
                 answering = answering+time.perf_counter()-between
                 tokens = tokens+sum(c[0].completion_tokens for c in completions)
     print(json.dumps(dict(imports=before, loaded=loaded-before, answered=private()-before, peak=peak()-at_first,
-                          loading=loading,
-                          switch=switching/len(models), speed=tokens/answering)))
+                          loading=loading, switch=switching/len(models), speed=tokens/answering)))
 
 
 def model_key_of(model):

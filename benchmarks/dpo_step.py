@@ -96,13 +96,15 @@ def main():
     work = Path(tempfile.mkdtemp())
     model,pairs,settings = make_model(work/'model'),make_pairs(320),DPO(learning_rate=1e-3, updates=args.updates)
     nll = DPO(learning_rate=1e-3, updates=args.updates, alpha=0.2)
-    ways = {'TRL, precomputed reference': lambda f: plain_trl(model, pairs, settings, f, True),
-            'mapo, reference as a table': lambda f: ours(model, pairs, settings, f, True),
-            'TRL, precomputed reference, sigmoid + sft': lambda f: plain_trl(
-        model, pairs, settings, f, True, loss_type=['sigmoid', 'sft'], loss_weights=[1., 0.2]),
-            'mapo, reference as a table, alpha 0.2': lambda f: ours(model, pairs, nll, f, True),
-            'TRL, reference model': lambda f: plain_trl(model, pairs, settings, f, False),
-            'mapo, reference model': lambda f: ours(model, pairs, settings, f, False),}
+    ways = {
+        'TRL, precomputed reference': lambda f: plain_trl(model, pairs, settings, f, True),
+        'mapo, reference as a table': lambda f: ours(model, pairs, settings, f, True),
+        'TRL, precomputed reference, sigmoid + sft': lambda f: plain_trl(
+            model, pairs, settings, f, True, loss_type=['sigmoid', 'sft'], loss_weights=[1., 0.2]),
+        'mapo, reference as a table, alpha 0.2': lambda f: ours(model, pairs, nll, f, True),
+        'TRL, reference model': lambda f: plain_trl(model, pairs, settings, f, False),
+        'mapo, reference model': lambda f: ours(model, pairs, settings, f, False),
+    }
     for way in ways.values(): with_loop_time(lambda: way(work/'warm'))
     rows = [(name, *with_loop_time(lambda: way(work/f'{i}-{j}'))) for i in range(args.repeats)
             for j, (name, way) in enumerate(ways.items())]

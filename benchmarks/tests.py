@@ -47,8 +47,8 @@ def main():
     given, rest = parser.parse_known_args()
     times = Path(given.times or Path(tempfile.mkdtemp())/'times.jsonl').resolve()
     times.unlink(missing_ok=True)
-    env = (os.environ | dict(MAPO_TEST_TIMES=str(times), PYTHONPATH=os.pathsep.join(
-        filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))))
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))
+    env = os.environ | dict(MAPO_TEST_TIMES=str(times), PYTHONPATH=paths)
     started = time.monotonic()
     code = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'tests', '-p', 'no:cacheprovider',
                            *(rest or MAKE_TEST)], cwd=REPO, env=env).returncode

@@ -75,8 +75,7 @@ def report(r, command):
     by_role = lambda counts: ', '.join(f'{n:,} ({role})' for n, role in zip(counts, ROLES))
     return '\n'.join(['# Values and pairs of trees', '', f'`{command}`', '',
                       f"{r['nodes']:,} nodes in trees of 3 x 3 x 3, as MALT samples them. CPU-seconds of one process.",
-                      '',
-                      '| part | time |', '|---|--:|', *rows, f"| **all** | **{r['total']:.2f} s** |", '',
+                      '', '| part | time |', '|---|--:|', *rows, f"| **all** | **{r['total']:.2f} s** |", '',
                       f"Limit for 100,000 nodes, {LIMIT:.0f} s: {'kept' if r['total'] < LIMIT else 'BROKEN'}. "
                       f"Examples: {by_role(r['examples'])}. All sibling pairs: {by_role(r['pairs'])}.", '',
                       f'Python {platform.python_version()}, pandas {pd.__version__}, {os.cpu_count()} cores, '

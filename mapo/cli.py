@@ -667,8 +667,8 @@ def sentence(
     name,value = getattr(error, 'ename', type(error).__name__),getattr(error, 'evalue', str(error))
     said = re.sub(r'^\[Errno \d+\] ', '', ' '.join(str(value).split()))
     if name == 'DeadKernelError': return _KILLED
-    return said if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError',
-                            'StaleCode') else f'{name}: {said}'
+    if name in ('ValueError', 'FileNotFoundError', 'KeyError', 'OSError', 'StaleCode'): return said
+    return f'{name}: {said}'
 
 # %% ../nbs/api/24_cli.ipynb #fbad5340
 def main(argv=None):

@@ -121,8 +121,8 @@ def embedding_dissimilarity(
         raise ValueError('no response has the majority answer, because there '
                          'is none: compare all responses with problems=None')
     _check_spoken(used)
-    means = pd.DataFrame(unit_vectors(used['text'],
-                                      encode)).groupby([used[c].to_numpy() for c in (*place, 'seat')]).mean()
+    means = pd.DataFrame(unit_vectors(used['text'], encode)).groupby(
+        [used[c].to_numpy() for c in (*place, 'seat')]).mean()
     seats = turns[[*place, 'seat', 'agent']].drop_duplicates([*place, 'seat'])
     pairs = seats.merge(seats, on=place, suffixes=('', '_other')).query('seat < seat_other')
     one,other = (means.reindex(pd.MultiIndex.from_frame(pairs[[*place, seat]])).to_numpy()

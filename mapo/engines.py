@@ -899,8 +899,8 @@ def is_reward_model(
     model:Model, # any model
 )->bool:
     "Does a checkpoint say that it classifies sequences, rather than that it writes them?"
-    return any('SequenceClassification' in a for a in AutoConfig.from_pretrained(
-        local_folder(model), local_files_only=True, trust_remote_code=False).architectures or [])
+    config = AutoConfig.from_pretrained(local_folder(model), local_files_only=True, trust_remote_code=False)
+    return any('SequenceClassification' in a for a in config.architectures or [])
 
 # %% ../nbs/api/03_engines.ipynb #13daf225
 def conversation_ids(

@@ -447,10 +447,9 @@ def manifest(
     know_arms([a.drawn() for a in e.arms])
     comparisons,same = told_apart([c for c in e.comparisons if {*c} <= arms.keys()], arms, s)
     return dict(run=run.id, comparisons=comparisons, not_compared=same, claims=checkable(e.claims, arms, s),
-                figures=drawable(e.figures, arms),
-                arms=[a.drawn() for a in e.arms if a.name in arms],
-                bases={name: arm.base or name for name, arm in arms.items()},
-                settings=asdict(s), seeds_vary=seeds_vary(s, {step.seed for step in steps})) | provenance_of(about)
+                figures=drawable(e.figures, arms), arms=[a.drawn() for a in e.arms if a.name in arms],
+                bases={name: arm.base or name for name, arm in arms.items()}, settings=asdict(s),
+                seeds_vary=seeds_vary(s, {step.seed for step in steps})) | provenance_of(about)
 
 def drawable(
     figures:dict, # name -> arms

@@ -234,8 +234,7 @@ _WORDS = dict(engine='auto', generator_prompt=_SOLVE, verifier_prompt=_VERIFY, r
               critic_prompt=_CRITIC, quote='{answer}\n\n', dtype='bfloat16', source='gsm8k', n_test=0, n_hard=1000,
               temperature=.3, batch_size=8, micro_batch_size=1, lora_rank=16, checkpoint_every=50, chunk_answers=1024)
 _PAPER = dict(n_train=0, n_dev=500, max_tokens=1024, n_pairs=1, sft_updates=0, sft_epochs=2., dpo_updates=0,
-              dpo_epochs=1.,
-              sft_learning_rate=1e-5, dpo_learning_rate=1e-6)
+              dpo_epochs=1., sft_learning_rate=1e-5, dpo_learning_rate=1e-6)
 PRESETS = dict(
     smoke=Malt(n_train=16, n_dev=12, n_test=12, n_hard=12, branching=(2, 2, 2), sft_updates=2, dpo_updates=2),
     tiny=Malt(),
@@ -305,8 +304,7 @@ def tree(run:Run, s:Malt, team:Team, problems:Artifact, iteration:int,
          seed:int)->tuple[Artifact,tuple]: # turns, and scores: grades, values and labels
     "The training problems' trees with their values."
     turns = run.stage(sample_tree, problems=problems.where(split='train'), team=team, branching=s.branching,
-                      purpose='train',
-                      iteration=iteration, seed=seed, **s.sampling())
+                      purpose='train', iteration=iteration, seed=seed, **s.sampling())
     graded = run.stage(grade, turns=turns, problems=problems)
     valued = run.stage(value_turns, turns=(turns, graded), last=len(team)-1, threshold=s.threshold, gap=s.gap)
     return turns,(graded, valued)
@@ -622,8 +620,7 @@ FIGURES = dict(
     ablations=['malt', 'malt_twice', 'malt_generator_dpo', 'no_generator', 'no_verifier', 'no_refiner', 'g_only', 'gv',
                'gr'],
     equal_calls=['sa_vote', 'sa_vote_nine', 'ma_vote', 'star_sa_vote', 'star_sa_vote_nine', 'star_ma_vote',
-                 'star_ma_long_vote', 'gold_sft',
-                 'gold_sft_nine', 'malt'],
+                 'star_ma_long_vote', 'gold_sft', 'gold_sft_nine', 'malt'],
     critiques=['ma', 'ma_shuffled', 'ma_told_right', 'ma_told_wrong', 'malt_one', 'malt_shuffled', 'malt_told_right',
                'malt_told_wrong'],
     training=['malt'],
@@ -782,5 +779,4 @@ def _not_asked(turns): # contexts that did not fit into a window
 
 # %% ../nbs/api/22_malt.ipynb #348ed951
 MALT = Experiment('malt', PRESETS, ARMS, malt, shown_results, CORE, comparisons=COMPARISONS, claims=CLAIMS,
-                  figures=FIGURES,
-                  beyond=prompts_computed, tables=tables)
+                  figures=FIGURES, beyond=prompts_computed, tables=tables)

@@ -214,8 +214,7 @@ def mars_po(
                                  if f.training})
         learnt = [ranker, *fits] if t == 1 and ranker and ranker.training else fits
         steps.append(Step(arm, seed, t, problems, measure(run, s, team, problems, split, t, seed), team, turns, scores,
-                          tuple(learnt),
-                          dict(reward_model=ranked_by(s, ranker))))
+                          tuple(learnt), dict(reward_model=ranked_by(s, ranker))))
     return steps
 
 # %% ../nbs/api/20_mars_po.ipynb #4c983dbc
@@ -224,8 +223,7 @@ def answers(run:Run, s:MarsPO, team:Team, problems:Artifact, purpose:str, iterat
     "The team's answers to a split and their grades; `purpose` is 'train', 'evaluate' or 'greedy'."
     n = dict(train=s.n_samples, evaluate=s.n_evaluate, greedy=1)[purpose]
     turns = run.stage(sample_alone, problems=problems.where(split=split), team=team, n=n, purpose=purpose,
-                      iteration=iteration,
-                      seed=seed, **s.sampling(purpose == 'greedy'))
+                      iteration=iteration, seed=seed, **s.sampling(purpose == 'greedy'))
     return turns, run.stage(grade, turns=turns, problems=problems)
 
 # %% ../nbs/api/20_mars_po.ipynb #af072828
@@ -313,8 +311,7 @@ CLAIMS = [
 FIGURES = dict(
     accuracy=['sft_own', 'rejection', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
     ablations=['mars_po', 'mars_po_no_nll', 'mars_po_pooled', 'mars_po_one_iteration', 'mars_po_ranked',
-               'mars_po_random', 'mars_po_long', 'mars_po_favourite',
-               'sft_flipped', 'mars_po_flipped'],
+               'mars_po_random', 'mars_po_long', 'mars_po_favourite', 'sft_flipped', 'mars_po_flipped'],
     same=['sft_hybrid', 'dpo_nll', 'mars_po', 'sft_hybrid_same', 'dpo_nll_same', 'mars_po_same'],
     agents=['sft_own', 'sft_hybrid', 'dpo', 'dpo_nll', 'mars_po'],
     training=['dpo', 'dpo_nll', 'mars_po', 'mars_po_no_nll'])
@@ -398,10 +395,10 @@ def _selected(s, steps): # `arm, seed, iteration, source_agent, candidates, sele
 
 def _by_source(found, taken): # weighted candidates and those taken, a row per source agent
     weight = taken.groupby(found.problem_id).transform('mean')
-    sums = pd.DataFrame(dict(source_agent=found.agent, candidates=weight, selected=taken.astype(float),
+    each = pd.DataFrame(dict(source_agent=found.agent, candidates=weight, selected=taken.astype(float),
                              candidate_tokens=weight*found.completion_tokens,
-                             selected_tokens=taken*found.completion_tokens)).groupby(
-        'source_agent', as_index=False).sum()
+                             selected_tokens=taken*found.completion_tokens))
+    sums = each.groupby('source_agent', as_index=False).sum()
     sums['candidate_tokens'] /= sums['candidates']
     sums['selected_tokens'] /= sums['selected'].where(sums['selected'] > 0)
     return sums.astype(dict(selected=int))

@@ -119,7 +119,7 @@ def speakers(
 class DebateArm(Arm):
     "An arm: how it answers, who learns, and from what."
     readout:str='debate'   # how its agents answer: 'alone', 'vote' or 'debate'
-    models:str=''          # trained: '', 'each' generator and critic, 'generators', 'critics', 'seats', 'one', 'first'
+    models:str=''          # trained: '' none, 'each' role, 'generators', 'critics', 'seats', 'one' for all, 'first'
     debated:bool=True      # it learns from debates; else from first answers and their majority
     score:str='agrees'     # what makes an answer worth learning
     pairs:str=''           # the score that decides generators' pairs; '' makes examples
@@ -351,12 +351,11 @@ def worth_learning(
 def learn(run:Run, s:MultiagentFT, arm:DebateArm, team:Speakers, name:str, agents:tuple, turns:Artifact, scores:tuple,
           seed:int)->Fit:
     "Choose what one model learns from, and train it on that."
-    agent = name if arm.models in ('each', 'generators',
-                                   'critics') else f'gen-{name[5:]}' if arm.models == 'seats' else 'gen-1'
+    agent = (name if arm.models in ('each', 'generators', 'critics') else f'gen-{name[5:]}' if arm.models == 'seats'
+             else 'gen-1')
     start = team.base if s.init == 'initial' else team.agents[agent].model
     how = s.batch() | s.weights() | dict(updates=s.updates, epochs=s.epochs, learning_rate=s.learning_rate,
-                                         warmup=s.warmup,
-                                         schedule=s.schedule, max_length=s.max_length, seed=seed)
+                                         warmup=s.warmup, schedule=s.schedule, max_length=s.max_length, seed=seed)
     if arm.pairs and name.startswith('gen'):
         selection = Selection(score=arm.pairs, n_positives=0, n_negatives=0, n_pairs=0, seed=seed)
         first = turns.where(round=0)
@@ -538,8 +537,7 @@ def diversity(run:Run, s:MultiagentFT, step:Step)->Artifact:
     models = {a: agent.model for a, agent in step.team.agents.items()}
     said = step.measured['turns']
     return run.stage(measure_diversity, turns=(said, step.measured['voted']), contexts=said, problems=step.problems,
-                     models=models,
-                     base=step.team.base, n=s.n_diversity, encoder=s.encoder)
+                     models=models, base=step.team.base, n=s.n_diversity, encoder=s.encoder)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #44181915
 COMPARISONS = [['multiagent_ft', other] for other in ('debate', 'majority_ft', 'star', 'single_agent',
@@ -623,8 +621,7 @@ FIGURES = dict(
            'cooperative', 'cooperative_ft'],
     preferences=['multiagent_ft', 'debate_dpo', 'debate_dpo_majority'],
     controls=['debate', 'majority_nine', 'majority_ft_nine', 'single_agent_epochs', 'multiagent_ft',
-              'multiagent_ft_epochs',
-              'multiagent_ft_generators', 'multiagent_ft_critics'],
+              'multiagent_ft_epochs', 'multiagent_ft_generators', 'multiagent_ft_critics'],
     lessons=['multiagent_ft', 'multiagent_ft_w_0', 'multiagent_ft_w_33', 'multiagent_ft_w_100',
              'multiagent_ft_all_turns'],
     readouts=_MAIN, diversity=_MAIN)
@@ -682,8 +679,8 @@ def _learnt_by(step, f):
                             tokens_trained=log['tokens_trained'], updates=log['updates'], kept_as_it_was=f.reason)
 
 def _diversity(found):
-    return pd.concat([a.read('diversity').assign(**step.at()) for step, a in found],
-                     ignore_index=True) if found else None
+    if found: return pd.concat([a.read('diversity').assign(**step.at()) for step, a in found], ignore_index=True)
+    return None
 
 def _cuts(steps): # contexts that were shortened, in training and in evaluation
     said = [(step, purpose, a) for step in steps

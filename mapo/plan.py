@@ -86,9 +86,8 @@ def _named(config): # the fields of `Sizes` but the parameters
 # %% ../nbs/api/23_plan.ipynb #3440ef25
 def _config(family, hidden, intermediate, layers, heads, kv_heads, vocabulary, window, tied=False, **more):
     return dict(model_type=family, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=window,
-                tie_word_embeddings=tied) | more
+                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                max_position_embeddings=window, tie_word_embeddings=tied) | more
 
 CONFIGS = {
     'Qwen/Qwen2.5-Math-7B-Instruct': _config('qwen2', 3584, 18944, 28, 28, 4, 152064, 4096),
@@ -503,12 +502,12 @@ class Learning:
     def seconds(self, on:Machine)->float:
         "How long it takes."
         flops,passes = self.size.flops(self.length/2),(2 if self.lora_rank else 3) + self.gradient_checkpointing
-        learnt = self.updates*self.batch_size*self.texts*self.length*passes*flops/(
-            self.gpus*on.flops*on.reached(TRAINING))
+        tokens = self.updates*self.batch_size*self.texts*self.length
+        learnt = tokens*passes*flops/(self.gpus*on.flops*on.reached(TRAINING))
         python = 3*self.updates*math.ceil(self.batch_size/self.gpus/self.rows)*on.layer*self.size.layers
         read = self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
-        return (2 if self.reference
-                else 1)*(on.start + number_bytes(self.dtype)*self.size.parameters/DISK) + max(learnt, python) + read
+        opening = on.start + number_bytes(self.dtype)*self.size.parameters/DISK
+        return (2 if self.reference else 1)*opening + max(learnt, python) + read
 
     def wrong(self, on:Machine)->str: # '' where nothing is
         "What no memory would mend."
@@ -516,11 +515,12 @@ class Learning:
             return (f'it asks for {self.gpus} GPUs (launch={self.launch}, '
                     f'processes={self.processes}), and the machine has {on.gpus}')
         if self.quantized and self.launch in SHARDED:
-            return (
-                f'a base in 4 bits is not shared by {self.launch}: launch=ddp trains its adapter in several processes')
+            return (f'a base in 4 bits is not shared by {self.launch}: '
+                    'launch=ddp trains its adapter in several processes')
         each = self.micro_batch_size or 1
-        return (f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}' + (
-            f' that compute {each} at once' if each > 1 else '') if self.batch_size % (each*self.gpus) else '')
+        if self.batch_size % (each*self.gpus) == 0: return ''
+        at_once = f' that compute {each} at once' if each > 1 else ''
+        return f'its {self.batch_size} rows per update cannot be shared by processes={self.processes}{at_once}'
 
     def changes(self, on:Machine)->list[dict]: # the smallest first
         "What could be set otherwise where memory is short."

@@ -193,8 +193,8 @@ def vote(
     turns,place = turns[answering(turns)],['problem_id', 'round']
     said = turns[[*place, 'seat']].assign(answer=canonical_answers(turns, problems, grader))
     seats = said.groupby(place, sort=False)['seat'].nunique()
-    said['weight'] = 1/said.groupby([*place,
-                                     'seat'])['seat'].transform('size')/said.groupby(place)['seat'].transform('nunique')
+    turns_of_seat = said.groupby([*place, 'seat'])['seat'].transform('size')
+    said['weight'] = 1/turns_of_seat/said.groupby(place)['seat'].transform('nunique')
     best = plurality(said, place, seed).rename(columns=dict(weight='share'))
     votes = seats.index.to_frame(index=False).join(best[['answer', 'share', 'tie']], on=place)
     return votes.assign(share=votes['share'].fillna(0.), tie=votes['tie'].eq(True))

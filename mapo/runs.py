@@ -625,8 +625,8 @@ class Run:
         if source == _digest(code): return
         kept = self.root/'code'/f'{source}.json'
         changed = f" ({_changed(json.loads(kept.read_text(encoding='utf-8')), code)})" if kept.exists() else ''
-        message = (
-            f"{artifact.path.name} was made by other code than today's{changed}: --fresh {fn.__name__} makes it again")
+        message = (f"{artifact.path.name} was made by other code than today's{changed}: "
+                   f"--fresh {fn.__name__} makes it again")
         if os.environ.get('MAPO_STRICT') == '1': raise StaleCode(message)
         self.say(message)
 
@@ -681,9 +681,8 @@ class Run:
 
     def __repr__(self): return f'{self.id} in {self.folder}: {len(self.stages)} stages'
     def _repr_html_(self):
-        counts = pd.DataFrame(self.stages,
-                              columns=['stage', 'key', 'source', 'reused', 'cpu_s',
-                                       'wall_s']).groupby('stage', sort=False).size()
+        stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s'])
+        counts = stages.groupby('stage', sort=False).size()
         return f"<b>{escape(self.id)}</b>: " + ', '.join(f'{n} × {escape(s)}' for s, n in counts.items())
 
 # %% ../nbs/api/12_runs.ipynb #7e56eb00
@@ -706,8 +705,7 @@ def provenance()->dict: # commit, uncommitted changes to code, versions, machine
     versions = {n: importlib.metadata.version(n) for n in names
                 if importlib.util.find_spec(n.replace('-', '_'))} | ({'vllm': v} if (v := vllm_version()) else {})
     machine = dict(host_kind=f'{platform.system()} {platform.machine()}', cpus=os.cpu_count(), memory_gb=_memory_gb(),
-                   accelerator=accelerator(),
-                   threads=os.environ.get('OMP_NUM_THREADS', ''))
+                   accelerator=accelerator(), threads=os.environ.get('OMP_NUM_THREADS', ''))
     return dict(commit=_git('rev-parse', 'HEAD'),
                 changes=_git('diff', 'HEAD', '--', 'mapo/*.py', 'nbs/papers/*.ipynb', 'pyproject.toml')[:200_000],
                 python=platform.python_version(), versions=versions, machine=machine)

@@ -230,8 +230,8 @@ class Transcript:
     def _repr_html_(self):
         rows = ''.join(f'<div style="margin:.3em 0"><b>{escape(who)}</b><pre style="margin:0 0 0 '
                        f'1em;white-space:pre-wrap">{escape(text)}</pre></div>' for who, text in self.lines)
-        return (
-            f'<div style="border-left:3px solid #bbb;padding-left:.8em">{rows}<small>{escape(self.note)}</small></div>')
+        note = f'<small>{escape(self.note)}</small>'
+        return f'<div style="border-left:3px solid #bbb;padding-left:.8em">{rows}{note}</div>'
 
 # %% ../nbs/api/04_sampling.ipynb #e43eb5ab
 def transcript(
@@ -463,8 +463,9 @@ def debate(
         if ('summary' in c.role.fields) != (summarizer is not None):
             raise ValueError(f"{c.name!r} is to read a {{summary}}, and there is no summarizer" if summarizer is None
                              else f"there is a summarizer, and {c.name!r} reads no {{summary}}")
-    later = [partial(ask, problems=problems, round=r, seed=seed, **who) for r in range(1, rounds) for ask, who in (
-        [(ask_summaries, dict(summarizer=summarizer))] if summarizer else []) + [(ask_critics, dict(critics=critics))]]
+    asks = [(ask_summaries, dict(summarizer=summarizer))] if summarizer else []
+    later = [partial(ask, problems=problems, round=r, seed=seed, **who) for r in range(1, rounds)
+             for ask, who in [*asks, (ask_critics, dict(critics=critics))]]
     return sample_rounds([lambda *_: ask_alone(problems, generators, 1, purpose, iteration, seed), *later], engines,
                          sampling, answers, map_chunks)
 

@@ -106,7 +106,7 @@ def _messages(frame, column, what):
     for i, row in enumerate(rows):
         if not row or not all(isinstance(m, dict) and isinstance(m.get('content'), str) and 'role' in m for m in row):
             raise ValueError(
-f"row {i} of the {what}: {column!r} must be a list of messages with 'role' and 'content'")
+                f"row {i} of the {what}: {column!r} must be a list of messages with 'role' and 'content'")
         if column != 'prompt' and [m['role'] for m in row] != ['assistant']: raise ValueError(
             f'row {i} of the {what}: {column!r} must be one message of the assistant')
     return rows

@@ -250,8 +250,8 @@ class Served:
         copies:int=1,         # of the weights; the rows are divided among them
         gpus_each:int=1,      # of one copy
     ):
-        self.model,self.settings,self.gpus_each,self.processes,self.deaths,self.closing = (
-            model,settings,gpus_each,[None]*copies,0,False)
+        self.model,self.settings,self.gpus_each = model,settings,gpus_each
+        self.processes,self.deaths,self.closing = [None]*copies,0,False
 
     def ask(self,
         rows:list,     # each begins with a number of its own
@@ -320,9 +320,10 @@ def _llm_settings(model, tensor_parallel, data_parallel, memory, cache_gb, windo
     settings = dict(model=str(local_folder(model)), dtype=model.dtype, generation_config='vllm', max_model_len=window,
                     tensor_parallel_size=tensor_parallel, enable_prefix_caching=True, gpu_memory_utilization=memory,
                     trust_remote_code=False)
+    if cache: settings['kv_cache_memory_bytes'] = cache
     # a seeded request that is prefilled in chunks ends vLLM's CPU build
-    return settings | (dict(kv_cache_memory_bytes=cache) if cache
-                       else {}) | (dict(enforce_eager=True, enable_chunked_prefill=False) if cpu else {}) | more
+    if cpu: settings |= dict(enforce_eager=True, enable_chunked_prefill=False)
+    return settings | more
 
 # %% ../nbs/api/17_vllm.ipynb #e7061c91
 def _kv_heads(config): return getattr(config, 'num_key_value_heads', None) or config.num_attention_heads

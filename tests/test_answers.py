@@ -342,8 +342,8 @@ def test_a_text_that_is_refused_for_what_is_chosen_in_it_is_refused_when_it_is_r
     golds = [canonical_answer(gold, 'math') for gold, _ in rows]
     texts = [' '.join(text.split())[-300:] for _, text in rows]
     cases = [(golds[(i + shift) % len(golds)], t) for i, t in enumerate(texts) if _prose(t) for shift in (0, 7, 31, 90)]
-    equal, refused = comparer(), lambda gold, text: _decided(
-        gold, canonical_answer(_chosen(text), 'math') or gold, 'math') is False
+    equal = comparer()
+    refused = lambda gold, text: _decided(gold, canonical_answer(_chosen(text), 'math') or gold, 'math') is False
     sure = [case for case in cases if _chosen(case[1]) and refused(*case)]
     monkeypatch.setattr('mapo.answers._chosen', lambda text: None)
     # where it loses the base

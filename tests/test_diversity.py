@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from mapo.agents import Agent, Model, Team
 from mapo.diversity import (DIVERSITY_COLUMNS, consensus, embedding_dissimilarity, kl_between, nll_among, nll_under,
-                            over_problems,
-                            response_tokens, sentence_encoder)
+                            over_problems, response_tokens, sentence_encoder)
 from mapo.engines import Sampling, TransformersEngine, load_model, save_model
 from mapo.pairs import to_arrow
 from mapo.problems import arithmetic

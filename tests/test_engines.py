@@ -10,8 +10,7 @@ from transformers import AutoModelForSequenceClassification, MinPLogitsWarper, T
 
 from mapo.agents import Model
 from mapo.engines import (UNLIMITED, Request, RewardScorer, Sampling, TransformersEngine, load_model, load_reward_model,
-                          load_tokenizer, new_reward_model,
-                          save_model, _truncated)
+                          load_tokenizer, new_reward_model, save_model, _truncated)
 
 PRODUCTS = Model('products', 'tiny:products')
 QUESTIONS = [f'{a}*{b}+{c}*{d}-{e}' for a, b, c, d, e in np.random.default_rng(0).integers(2, 10, (40, 5))]

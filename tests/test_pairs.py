@@ -185,8 +185,8 @@ def test_selection_depends_neither_on_the_order_nor_on_other_problems():
     turns, contexts = random_turns(9)
     selection = Selection(n_positives=2, n_negatives=2, n_pairs=3)
     ids = lambda t: set(zip(t.chosen_id, t.rejected_id))
-    texts = turns.drop_duplicates(['problem_id', 'agent', # nothing merges
-                                   'text']).assign(text=lambda t: t.turn_id + t.text, finish_reason='stop')
+    once = turns.drop_duplicates(['problem_id', 'agent', 'text'])
+    texts = once.assign(text=lambda t: t.turn_id + t.text, finish_reason='stop') # nothing merges
     whole = ids(hybrid_pairs(texts, contexts, 'ada', selection).table)
     assert ids(hybrid_pairs(texts.sample(frac=1, random_state=1), contexts, 'ada', selection).table) == whole
     half = texts[texts.problem_id < 'p2']
@@ -207,8 +207,7 @@ def test_columns_are_those_of_the_data_model_and_survive_parquet_datasets_and_co
     pairs = pd.concat([hybrid_pairs(turns, contexts, a).table for a in AGENTS], ignore_index=True)
     examples = hybrid_positives(turns, contexts, 'bob').table
     assert [*pairs] == ['prompt', 'chosen', 'rejected', 'problem_id', 'agent', 'context_id', 'chosen_id', 'rejected_id',
-                        'chosen_agent',
-                        'rejected_agent', 'chosen_model', 'rejected_model', 'rejected_finish']
+                        'chosen_agent', 'rejected_agent', 'chosen_model', 'rejected_model', 'rejected_finish']
     assert pairs.rejected_finish.tolist() == turns.set_index('turn_id').finish_reason[pairs.rejected_id].tolist()
     assert set(pairs.rejected_finish) == {'stop', 'length'}
     assert [*examples] == ['prompt', 'completion', 'problem_id', 'agent', 'context_id', 'turn_id', 'source_agent',

@@ -19,10 +19,9 @@ from mapo.mars_po import MARS_PO
 from mapo.methods import LICENCES
 from mapo.multiagent_ft import MULTIAGENT_FT
 from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, GPUS, KL_BUDGET, MAX_LENGTH, NLL_BUDGET, PAPERS, USABLE, Answering,
-                       Learning, Machine, Reading, Sizes, check_fit,
-                       count_parameters, fits, here, kept_bytes, licence_lines, lora_parameters, machine, machine_table,
-                       machine_totals, plan_paper, sampling_table,
-                       shortages, sizes, teachers, totals, training_memory)
+                       Learning, Machine, Reading, Sizes, check_fit, count_parameters, fits, here, kept_bytes,
+                       licence_lines, lora_parameters, machine, machine_table, machine_totals, plan_paper,
+                       sampling_table, shortages, sizes, teachers, totals, training_memory)
 from mapo.runs import Run
 
 ARMS = dict(
@@ -240,8 +239,8 @@ def test_the_presets_models_and_licences_are_known():
 def test_who_learns_from_whom():
     paper = plan_paper('mars_po', 'paper', 'mars_po')
     known = teachers(paper)
-    assert known['texts', 'Llama 3.1 licence',
-                 'Llama-3.1-8B-Instruct'] == ['Qwen2.5-Math-7B-Instruct', 'deepseek-math-7b-rl']
+    learners = known['texts', 'Llama 3.1 licence', 'Llama-3.1-8B-Instruct']
+    assert learners == ['Qwen2.5-Math-7B-Instruct', 'deepseek-math-7b-rl']
     assert len(known['scores', 'Qwen licence', 'Qwen2.5-Math-RM-72B']) == 3
     line = 'Texts of Llama-3.1-8B-Instruct train Qwen2.5-Math-7B-Instruct, deepseek-math-7b-rl: Llama 3.1 licence.'
     assert line in licence_lines(paper)

@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from mapo.problems import (COLUMNS, arithmetic, check_leaks, commonsense_qa, drop_leaks, find_leaks, gsm8k, last_boxed,
-                           math_500,
-                           math_problems, mmlu, read_jsonl, split_problems)
+                           math_500, math_problems, mmlu, read_jsonl, split_problems)
 
 DATA = Path(os.environ.get('MAPO_SHARED_DATA', Path(__file__).resolve().parent.parent/'../shared/data'))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason='the folder of public data is absent')

@@ -129,9 +129,8 @@ def test_every_command_of_mapo_is_one_that_there_is(cluster):
         names = [args.experiment] if isinstance(args.experiment, str) else args.experiment
         assert all(checked(name, _given(args))['preset'] == 'paper' for name in names)
     array = next(b for b in blocks() if 'SETTINGS=' in b)
-    assert re.search(r'SETTINGS="(.*)"',
-                     array)[1] in next(iter(line for line in said
-                                            if ' run ' in line)), 'the array is told something else than the machine'
+    told = next(line for line in said if ' run ' in line)
+    assert re.search(r'SETTINGS="(.*)"', array)[1] in told, 'the array is told something else than the machine'
 
 
 def test_the_plan_of_the_page_is_a_plan(cluster):

@@ -9,8 +9,7 @@ from mapo.agents import CHECKPOINTS
 from mapo.answers import extract_answer
 from mapo.engines import Request, Sampling, TransformersEngine, load_tokenizer
 from mapo.tiny import (FLAWLESS, FORM, HIGH, LOW, RECIPES, ROLES, VOCABULARY, draw_habits, make_tokenizer, quoted,
-                       same_weakness, solve,
-                       specialists, tiny_agent, tiny_problems, train_tiny, verified, written)
+                       same_weakness, solve, specialists, tiny_agent, tiny_problems, train_tiny, verified, written)
 
 N = 150
 DEV = tiny_problems(1, N, seed=3).query("split == 'dev'")

@@ -16,8 +16,7 @@ from mapo import training
 from mapo.agents import Model
 from mapo.engines import RewardScorer, load_model, load_reward_model, new_reward_model, save_model
 from mapo.training import (DPO, SFT, PairTrainer, Reward, check_template, example_tokens, log_probabilities,
-                           pair_tokens,
-                           reference_log_probabilities, reward_tokens, template_faults, train)
+                           pair_tokens, reference_log_probabilities, reward_tokens, template_faults, train)
 from warm import Warm
 
 PLAIN = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<bot>{{ m['content'] }}{{ eos_token }}"
