@@ -34,13 +34,13 @@ MUTATIONS = [
              "tally.sort_values(['weight', 'answer']", 'test_rewards.py'),
     Mutation('summaries vote', 'rewards', 'turns,place = turns[answering(turns)],', 'turns,place = turns,',
              'test_rewards.py'),
-    Mutation('split filter', 'methods', 'asks = ask_alone(table[table.split == split], team',
-             'asks = ask_alone(table, team', 'test_mars_po.py'),
+    Mutation('filter of an artifact: its split', 'runs', 'if column in table: table = table[table[column] == value]',
+             'if column not in table: table = table[table[column] == value]', 'test_mars_po.py'),
     Mutation('weights in a stage\'s key', 'runs',
              'return dict(model=value.name, fingerprint=fingerprint(value), licence=value.licence)',
              'return dict(model=value.name, licence=value.licence)', 'test_runs.py -k key'),
-    Mutation('inputs in a stage\'s key', 'runs', 'spec = fn.stage | dict(inputs=canonical(inputs))',
-             'spec = fn.stage | dict(inputs=sorted(inputs))', 'test_runs.py -k key'),
+    Mutation('inputs in a stage\'s key', 'runs', 'inputs=canonical(inputs)) | libraries',
+             'inputs=sorted(inputs)) | libraries', 'test_runs.py -k key'),
     Mutation('escaping of a formula', 'agents', "if c.isalnum() or c == ' ' else", "if c.isalnum() or c in ' $' else",
              'test_tables.py'),
     Mutation('agent in a request\'s seed', 'sampling',
@@ -64,8 +64,8 @@ MUTATIONS = [
     Mutation('Holm: steps the other way', 'intervals', 'np.arange(len(p), 0, -1)', 'np.arange(1, len(p) + 1)',
              'test_intervals.py'),
     Mutation('reference of a pair: the trained model', 'methods',
-             'reference_log_probabilities(reference, table, settings)',
-             'reference_log_probabilities(init, table, settings)', 'test_mars_po.py -k initial_reference'),
+             'reference_log_probabilities(reference, rows, objective)',
+             'reference_log_probabilities(init, rows, objective)', 'test_mars_po.py -k initial_reference'),
 ]
 
 

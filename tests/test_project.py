@@ -211,3 +211,9 @@ def test_a_grid_of_rates_says_whether_it_came_before_the_test_run(paper):
     assert before != after, 'one commit is the ancestor of the other'
     said = re.findall(r'this grid was made \*\*(before|after)\*\* the test run', page)
     assert said == ['before' if before else 'after'] and not re.search(r'[Bb]efore \[?the experiment', page)
+
+
+def test_every_mutation_still_breaks_a_line():
+    "What `tests/mutations.py` breaks occurs once in its module."
+    from mutations import MUTATIONS
+    for m in MUTATIONS: assert (REPO/'mapo'/f'{m.module}.py').read_text().count(m.old) == 1, m.what
