@@ -232,7 +232,8 @@ def reward_model(run:Run, s:MarsPO, turns:Artifact, graded:Artifact, problems:Ar
     "Train a reward model on graded answers."
     if s.reward_model: return None
     grades = _graded(run, s, graded, seed)
-    selection = replace(s.selection(seed), missed=False, order='', verified=True, n_positives=0, n_negatives=0, n_pairs=2*s.n_pairs)
+    selection = replace(s.selection(seed), missed=False, order='', verified=True, n_positives=0, n_negatives=0,
+                        n_pairs=2*s.n_pairs)
     data = run.stage(reward_pairs, turns=(turns, *grades), problems=problems, selection=selection)
     objective = Reward(**s.batch(), updates=s.reward_updates, learning_rate=s.reward_learning_rate, seed=seed)
     made = fit(run, s, 'reward model', objective, licensed('reward', s.reward_init), data)
