@@ -131,7 +131,7 @@ def test_a_debate_begins_where_it_was_untrained(debates):
     rows, begin = debates['rows'], dict(bases=dict(multiagent_ft='debate', single_agent='debate'))
     base = base_arms(rows, begin)
     drawn = figure_arms(rows, begin | figures(MULTIAGENT_FT, rows))
-    assert [*drawn] == ['accuracy', 'ablations', 'seats', 'preferences', 'readouts', 'diversity']
+    assert [*drawn] == ['accuracy', 'ablations', 'seats', 'preferences', 'controls', 'lessons', 'readouts', 'diversity']
     axes = plot_accuracy(rows[rows.arm.isin(drawn['accuracy'])], base=base).axes[0]
     start = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
     assert start['Multiagent FT'] == start['debate'] != start['STaR'] == start['base']
@@ -152,7 +152,7 @@ def test_figures_of_debates_and_trees_are_drawn_without_overlap(debates, trees):
     rows = debates['rows']
     begin, drawn = base_arms(rows), figure_arms(rows, figures(MULTIAGENT_FT, rows))
     shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])])
-             for name in ('accuracy', 'ablations', 'seats', 'preferences')]
+             for name in ('accuracy', 'ablations', 'seats', 'preferences', 'controls', 'lessons')]
     shown += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin),
               plot_readouts(debates['readouts'], 'run')]
     shown += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity'])

@@ -126,9 +126,8 @@ def test_records_of_debates_and_trees_draw_what_they_hold(debates, trees, costs,
     for name in ('debates', 'trees'):
         drawn[name] = {f.name for f in redraw(tmp_path/name, tmp_path/'one'/name) if f.suffix in ('.png', '.md')}
     tables = {'results.md', 'accuracy.md', 'failures.md'}
-    assert drawn['debates'] == tables | {f'{n}.png'
-                                         for n in ('accuracy', 'ablations', 'seats', 'preferences', 'diversity',
-                                                   'readouts')} | {'diversity.md', 'readouts.md'}
+    groups = ('accuracy', 'ablations', 'seats', 'preferences', 'controls', 'lessons', 'diversity', 'readouts')
+    assert drawn['debates'] == tables | {f'{n}.png' for n in groups} | {'diversity.md', 'readouts.md'}
     assert drawn['trees'] == tables | {f'{n}.{e}' for n in ('readouts', 'flips', 'sweep') for e in ('png', 'md')} | {
         f'{n}.png' for n in ('accuracy', 'ablations', 'equal_calls', 'critiques')}
     for file in (tmp_path/'one').rglob('*'):

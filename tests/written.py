@@ -95,9 +95,9 @@ def everything():
 def debates():
     "Every arm of Multiagent Finetuning, with what was measured beside accuracy."
     rng = np.random.default_rng(0)
-    untrained = ['base', 'majority', 'debate', 'unique_ids', 'cooperative', 'debate_five']
+    untrained = [arm.name for arm in MULTIAGENT_FT.arms if not arm.trained]
     trained = [arm.name for arm in MULTIAGENT_FT.arms if arm.trained]
-    assert len(trained) == 24
+    assert {'multiagent_ft', 'majority_ft_nine'} < {*trained}
     rows = teams({a: {0: .5 + .01*i} for i, a in enumerate(untrained)}
                  | {a: {t: .6 + .01*t for t in ((1,) if '_five' in a or 'dpo' in a else (1, 2, 3))} for a in trained})
     last = rows.groupby('arm').iteration.max()
