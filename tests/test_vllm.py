@@ -454,7 +454,7 @@ def test_an_experiment_runs_on_it_and_says_so(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(next(tmp_path.glob('malt-*/record.json')).read_text())
-    assert record['versions']['vllm'] == vllm_version() and record['parameters']['engine'] == 'vllm'
+    assert record['versions']['vllm'] == vllm_version() and record['parameters']['overrides']['engine'] == 'vllm'
     sampled = [json.loads((p/'manifest.json').read_text())['spec']['inputs']['engines']
                for p in (tmp_path/'artifacts').glob('sample_tree-*') if p.is_dir()]
     assert sampled and all(s == dict(type='Serving', engine='vllm', version=vllm_version(), tensor_parallel=1,
