@@ -21,7 +21,7 @@ class Batch:
 # %% ../nbs/api/08_objectives.ipynb #71360e9c
 @dataclass(frozen=True)
 class Objective:
-    "What a training minimises, and how it goes about it."
+    "How a training goes about it; what it minimises is the `loss(batch)` of a subclass, one number."
     learning_rate:float=1e-5  # AdamW's peak rate, betas 0.9 and 0.999; Multiagent FT's shipped script
     batch_size:int=16         # rows per update; Mars-PO
     micro_batch_size:int=0    # rows per forward pass, a divisor of `batch_size`; 0 takes the batch at once; ours
@@ -43,10 +43,6 @@ class Objective:
     answers:ClassVar[tuple] = ('completion',) # the columns of a row that hold an answer to its `prompt`
     reference:ClassVar[bool] = False # the loss is held to log-probabilities of a reference
     causal:ClassVar[bool] = True     # trains a language model; False a reward model
-
-    def loss(self, batch:Batch): # a scalar
-        "The mean loss of a batch."
-        raise NotImplementedError(f'{type(self).__name__} has no loss')
 
     def __post_init__(self):
         name = type(self).__name__

@@ -818,6 +818,7 @@ def train(
     "Train `init` by any objective."
     if objective.reference and reference is None: raise ValueError(
         f'{type(objective).__name__} is held to a reference: name a model, or its reference_log_probabilities')
+    _check_loss(objective, rows)
     with _quiet():
         check_launch(launch, objective)
         chat = _teachable(init, objective)
@@ -831,6 +832,15 @@ def train(
             reference = None
         job = _Job(init, objective, tokens, counts, inputs, Path(folder), checkpoint_every, launch, reference)
         return _train(job, progress)
+
+def _check_loss(objective, rows): # before anything is loaded
+    name = type(objective).__name__
+    if objective.causal and not hasattr(objective, 'loss'):
+        raise ValueError(f'{name} has no loss(batch): an objective says in it what is minimised')
+    if objective.causal: return
+    if type(objective) is not Reward: raise ValueError(f'{name}: a reward model is trained by Reward as it is')
+    weights = (rows if isinstance(rows, pd.DataFrame) else rows.to_pandas()).get('weight', pd.Series(dtype=float))
+    if (weights != 1).any(): raise ValueError("Reward: the pairs of a reward model count alike, so leave out 'weight'")
 
 # %% ../nbs/api/09_training.ipynb #efd1c075
 def _sft_trainer(job):
