@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'COSTS', 'OTHER_SIDES', 'Settings', 'documented', 'settings_table', 'Arm', 'Fit', 'Step', 'fit',
-           'check_fits', 'begins_with', 'Experiment', 'show_source', 'compute', 'experiment', 'told_apart', 'checkable',
-           'rows', 'agents_apart', 'after_debate', 'costs', 'gathered', 'training_curves', 'manifest', 'drawable',
-           'provenance_of', 'seeds_vary', 'write_record', 'rates']
+           'check_fits', 'begins_with', 'evaluated', 'Experiment', 'show_source', 'compute', 'experiment', 'told_apart',
+           'checkable', 'rows', 'agents_apart', 'after_debate', 'costs', 'inference', 'opinions', 'disagreements',
+           'gathered', 'training_curves', 'manifest', 'drawable', 'provenance_of', 'seeds_vary', 'write_record',
+           'rates']
 
 # %% ../nbs/api/19_experiment.ipynb #5e59178e
 import ast, difflib, inspect, textwrap
@@ -23,6 +24,7 @@ from .objectives import Objective
 from .pairs import Built
 from .record import save_record, save_tables
 from .tables import arm_label, know_arms
+from .rewards import answering, second_opinions
 from .runs import Artifact, Run, scored, write_json
 from .tiny import FORM, make_agent
 
@@ -217,6 +219,15 @@ def begins_with(
     made = run.stage(make_agent, name=model.path.removeprefix('tiny:'), seed=seed, share=1.)
     return replace(model, path=str(made.path))
 
+# %% ../nbs/api/19_experiment.ipynb #9b09d1cd
+def evaluated(
+    s:Settings,
+    step:Step, # `measured` holds turns and their grades under 'evaluate'
+)->pd.DataFrame: # graded turns
+    "Everything that was said about the problems that the team is judged by."
+    turns,graded,*_ = step.measured['evaluate']
+    return scored(turns, graded)
+
 # %% ../nbs/api/19_experiment.ipynb #576cef75
 @dataclass(frozen=True)
 class Experiment:
@@ -231,6 +242,7 @@ class Experiment:
     comparisons:tuple=()   # (arm, arm): the primary comparisons, at most five
     claims:tuple=()        # the paper's, see `mapo.tables.claims_table`
     figures:dict=field(default_factory=dict) # name -> arms, see `mapo.record.figure_arms`
+    asked:Callable=evaluated # (settings, step) -> the graded turns that its results rest on
     beyond:Callable=lambda run, s, steps: None # further stages over all steps
     tables:Callable=lambda run, s, steps, found: {} # further tables by file name; `found` is what `beyond` returned
 
@@ -319,7 +331,7 @@ def experiment(
 )->Path: # the record's folder
     "Run an experiment and write its record."
     steps = compute(run, e, s, arms, seeds, split)
-    return write_record(run, e, s, steps, e.beyond(run, s, steps))
+    return write_record(run, e, s, steps, e.beyond(run, s, steps), opinions(run, s, steps))
 
 # %% ../nbs/api/19_experiment.ipynb #28815a3e
 def told_apart(
@@ -412,6 +424,50 @@ def _cost(step):
                 seconds=sum(log['cpu_s'] for log in every),
                 peak_bytes=max(log['peak_memory_mb'] for log in every)*2**20)
 
+# %% ../nbs/api/19_experiment.ipynb #70fab447
+def inference(
+    e:Experiment,
+    s:Settings,
+    steps:list,        # of `compute`
+    rows:pd.DataFrame, # of `rows`
+)->pd.DataFrame: # `arm, seed, iteration, calls, prompt_tokens, tokens, unread, unfinished, not_asked`
+    "What one answer takes, and how many turns could not be used."
+    answers = rows.groupby(['arm', 'seed', 'iteration']).n.sum()
+    return pd.DataFrame([step.at() | _per_answer(e.asked(step.arm.settings(s), step), answers[tuple(step.at().values())])
+                         | dict(not_asked=_not_asked(step)) for step in steps])
+
+def _per_answer(turns, answers): # means over answers; shares of turns
+    own = turns[answering(turns)]
+    return dict(calls=len(turns)/answers, prompt_tokens=turns['prompt_tokens'].sum()/answers,
+                tokens=turns['completion_tokens'].sum()/answers, unread=own['answer'].isna().mean(),
+                unfinished=(turns['finish_reason'] == 'length').mean())
+
+def _not_asked(step): # contexts that did not fit into a window
+    turns = step.measured['evaluate'][0]
+    return int((~turns.read('cuts')['asked'].astype(bool)).sum()) if turns.has('cuts') else 0
+
+# %% ../nbs/api/19_experiment.ipynb #a65f218e
+def opinions(
+    run:Run,    # keeps the stages
+    s:Settings,
+    steps:list, # of `compute`
+)->list[tuple]: # (step, artifact); [] where problems were generated
+    "Math-verify's verdicts on up to 200 different answers of each step."
+    if s.source == 'arithmetic': return []
+    return [(step, run.stage(second_opinions, turns=step.measured['evaluate'][:2], problems=step.problems, most=200))
+            for step in steps]
+
+def disagreements(
+    second:list, # of `opinions`
+)->dict: # file name -> table
+    "How often math-verify was asked and said otherwise, and about what."
+    read = [(step.at(), found.read('table')) for step, found in second]
+    other = [(at, t[t['mapo'] != t['math_verify']]) for at, t in read]
+    if not read: return {}
+    return {'opinions.csv': pd.DataFrame([at | dict(answers=len(t), disagreed=len(d))
+                                          for (at, t), (_, d) in zip(read, other)]),
+            'disagreements.csv': pd.concat([d.assign(**at) for at, d in other], ignore_index=True)}
+
 # %% ../nbs/api/19_experiment.ipynb #d469a6c0
 def gathered(
     steps:list,   # of `compute`
@@ -490,13 +546,15 @@ def write_record(
     s:Settings, # so that a preset may change later
     steps:list, # of `compute`
     found=None, # what `e.beyond` returned
+    second:list=(), # of `opinions`
 )->Path: # the folder `record` of the run
     "Write down what an experiment found."
     folder,found_rows = run.folder/'record',rows(e, s, steps)
     shown = [step for step in steps if step.arm.name in set(found_rows.arm)]
     save_record(folder, found_rows, costs(shown), manifest(run, e, s, shown))
-    save_tables(folder, {'training.csv': training_curves(steps),
-                         'counts.parquet': gathered(steps, 'counts')} | e.tables(run, s, steps, found))
+    save_tables(folder, {'training.csv': training_curves(steps), 'inference.csv': inference(e, s, shown, found_rows),
+                         'counts.parquet': gathered(steps, 'counts')} | disagreements(second)
+                        | e.tables(run, s, steps, found))
     return folder
 
 # %% ../nbs/api/19_experiment.ipynb #f2c001af

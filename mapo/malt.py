@@ -7,8 +7,8 @@ __all__ = ['ROLES', 'RECIPES', 'G', 'V', 'R', 'ARMS', 'CORE', 'PRESETS', 'STATED
            'FIGURES', 'COMPARISONS', 'CLAIMS', 'HEADLINE', 'MALT', 'Malt', 'base_model', 'ChainArm', 'malt',
            'first_team', 'tree', 'learn', 'objective', 'answers', 'discuss', 'tell_refiner', 'other_critiques',
            'critique', 'word_problems', 'make_harder', 'harder', 'answers_by_turn', 'final_answers', 'readable',
-           'results', 'shown_results', 'by_turn_rows', 'flip_rows', 'verdict_row', 'shared_prefixes', 'prompt_tokens',
-           'tables', 'prompts_computed']
+           'results', 'shown_results', 'asked', 'by_turn_rows', 'flip_rows', 'verdict_row', 'shared_prefixes',
+           'prompt_tokens', 'tables', 'prompts_computed']
 
 # %% ../nbs/api/22_malt.ipynb #74b9032a
 import random, re
@@ -537,6 +537,12 @@ def shown_results(s:Malt, step:Step)->pd.DataFrame|None:
     "The rows of a record; harder problems have a table of their own."
     return None if step.arm.harder else results(s, step)
 
+# %% ../nbs/api/22_malt.ipynb #b239748e
+def asked(s:Malt, step:Step)->pd.DataFrame: # graded turns
+    "The turns that an arm's results rest on."
+    turns,arm = readable(step),step.arm
+    return turns[turns['sample'] < arm.votes*s.votes] if arm.votes and len(arm.chain) == 1 else turns
+
 # %% ../nbs/api/22_malt.ipynb #c1eee65a
 def by_turn_rows(
     step:Step, # of `malt`, with a chain of several roles
@@ -686,6 +692,10 @@ CLAIMS = [
          paper='MATH 52.25 with SFT, 51.25 with SFT and DPO (A.9, Llama); it helps Qwen',
          refuted_if='MALT is below itself with DPO for the generator too',
          tests=[['malt', 'malt_generator_dpo']]),
+    dict(claim='A second round of tree, values and training helps',
+         paper='named as future work',
+         refuted_if='it is below itself after one round',
+         tests=[['malt_twice', 'malt']]),
     dict(claim='Refiners read critiques',
          paper='taken for granted; not tested there',
          refuted_if="it is below itself with another problem's critiques",
@@ -711,7 +721,7 @@ def tables(
     steps:list, # of `mapo.experiment.compute`
     prompts:Artifact|None, # of `prompts_computed`
 )->dict: # file name -> table
-    "What else a record holds: readings, flips, sweeps, verdicts, calls, a tree and a few pairs."
+    "What else a record holds: readings, flips, sweeps, verdicts, a tree and a few pairs."
     by_arm = [(step, results(step.arm.settings(s), step)) for step in steps]
     last = {(step.arm.name, step.seed): (step, r) for step, r in by_arm}.values()
     chains = [(step, r) for step, r in by_arm if len(step.arm.chain) > 1 and not step.arm.sweep]
@@ -724,7 +734,7 @@ def tables(
             'flips.csv': None if flips is None else flips.rename(columns=dict(accuracy='share')),
             'sweep.csv': _sweep(s, last),
             'shown.parquet': _few_pairs(paired), 'tree.parquet': _one_tree(steps), 'verdicts.parquet': verdicts,
-            'prompts.parquet': prompts.read('prompts') if prompts else None, 'calls.parquet': _calls(s, steps)}
+            'prompts.parquet': prompts.read('prompts') if prompts else None}
 
 # %% ../nbs/api/22_malt.ipynb #6c1de748
 def _mean(tables, what): # compact rows -> `arm, iteration, WHAT, accuracy, low, high, se, problems, seeds`
@@ -765,18 +775,6 @@ def prompts_computed(run:Run, s:Malt, steps:list)->Artifact|None: # of `prompt_t
     if not step or len({s.generator, s.verifier, s.refiner}) > 1: return None
     return run.stage(prompt_tokens, turns=step.turns, contexts=step.turns, model=first_team(run, s, step.seed)[G].model)
 
-def _calls(s, steps): # what one answer takes at inference: calls and tokens per problem, and contexts that did not fit
-    rows = []
-    for step in steps:
-        arm,(turns,_) = step.arm,step.measured['evaluate']
-        calls = len(arm.chain)*max(1, arm.votes*s.votes) if arm.chain else s.debaters*s.rounds
-        tokens = calls*turns.read('turns')['completion_tokens'].mean()
-        rows.append(dict(arm=arm.name, seed=step.seed, calls=calls, tokens=tokens, not_asked=_not_asked(turns)))
-    return pd.DataFrame(rows)
-
-def _not_asked(turns): # contexts that did not fit into a window
-    return int((~turns.read('cuts')['asked'].astype(bool)).sum())
-
 # %% ../nbs/api/22_malt.ipynb #348ed951
 MALT = Experiment('malt', PRESETS, ARMS, malt, shown_results, CORE, comparisons=COMPARISONS, claims=CLAIMS,
-                  figures=FIGURES, beyond=prompts_computed, tables=tables)
+                  figures=FIGURES, asked=asked, beyond=prompts_computed, tables=tables)

@@ -39,7 +39,7 @@ class MarsPO(Settings):
     n_train:int=192              # training problems; 0 for all of a benchmark. Paper: the train sets of GSM8K and MATH
     n_dev:int=256                # problems settings are chosen on; ours
     n_test:int=400               # problems of the final evaluation; 0 for all of a benchmark. Paper: the test sets
-    problem_seed:int=1           # draws the problems
+    problem_seed:int=11          # draws the problems; first used when the settings were frozen
     n_samples:int=8              # answers per agent and training problem; the paper is silent
     n_evaluate:int=2             # sampled answers per agent and evaluated problem, besides a greedy one; ours
     iterations:int=3             # paper: "three"
@@ -163,17 +163,17 @@ ARMS = (
             label='DPO+NLL, equal weaknesses', color='#0072B2', marker='s'),
     MarsArm('mars_po_same', hybrid_pairs, changes=_same, base='base_same',
             label='Mars-PO, equal weaknesses', color='#D55E00', marker='o'))
-CORE = ('base', 'sft_hybrid', 'dpo_nll', 'mars_po')
+CORE = ('base', 'rejection', 'sft_hybrid', 'dpo_nll', 'mars_po')
 
 # %% ../nbs/api/20_mars_po.ipynb #422517a2
 _WORDS = 'Solve the problem step by step. End with a line "#### " followed by the final number.\n\n{question}'
 _BOXED = 'Solve the problem step by step, and put the final answer in \\boxed{{}}.\n\n{question}'
 
-_SUPERVISED = ('sft_own', 'sft_hybrid', 'sft_flipped', 'sft_hybrid_same')
+_SUPERVISED = ('sft_own', 'rejection', 'sft_hybrid', 'sft_flipped', 'sft_hybrid_same')
 
 PRESETS = dict(
     smoke=MarsPO(n_train=24, n_dev=16, n_test=16, n_samples=4, n_evaluate=2, iterations=2, updates=3, reward_updates=3),
-    tiny=MarsPO(learning_rates=dict(sft_own=3e-4, mars_po_one_iteration=1e-5)),
+    tiny=MarsPO(learning_rates=dict(sft_own=3e-4, rejection=3e-4, mars_po_one_iteration=1e-5)),
     small=MarsPO(engine='auto', agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct',
                                         'Qwen/Qwen2.5-0.5B-Instruct'),
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,
@@ -276,7 +276,7 @@ def measure(run:Run, s:MarsPO, team:Team, problems:Artifact, split:str, iteratio
             for purpose in ('evaluate', 'greedy')}
 
 # %% ../nbs/api/20_mars_po.ipynb #5fb07a9c
-COMPARISONS = [['mars_po', 'base'], ['mars_po', 'sft_own'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'],
+COMPARISONS = [['mars_po', 'base'], ['mars_po', 'rejection'], ['mars_po', 'sft_hybrid'], ['mars_po', 'dpo_nll'],
                ['mars_po', 'mars_po_no_nll']]
 CLAIMS = [
     dict(claim='Mars-PO improves the agents',
@@ -286,7 +286,11 @@ CLAIMS = [
     dict(claim='... and is better than supervised fine-tuning',
          paper='stated for GSM8K and MATH; the numbers of its Table 1 are not at hand',
          refuted_if='it is below SFT on the same hybrid positives, or below rejection sampling',
-         tests=[['mars_po', 'sft_hybrid'], ['mars_po', 'sft_own']]),
+         tests=[['mars_po', 'sft_hybrid'], ['mars_po', 'rejection']]),
+    dict(claim='... also where that learns only from problems it sometimes gets wrong, as Mars-PO does',
+         paper='not tested there',
+         refuted_if='it is below rejection sampling on missed problems',
+         tests=[['mars_po', 'sft_own']]),
     dict(claim='... than DPO',
          paper='stated likewise',
          refuted_if='it is below DPO on own pairs',
@@ -303,6 +307,10 @@ CLAIMS = [
          paper='the reason given for agent-specific negatives; not tested there as far as we know',
          refuted_if="it is below itself with everybody's negatives",
          tests=[['mars_po', 'mars_po_pooled']]),
+    dict(claim='A reward that likes length, or one agent, is worse',
+         paper='not tested there; reward models are known for both',
+         refuted_if='it is below itself with such a reward',
+         tests=[['mars_po', 'mars_po_long'], ['mars_po', 'mars_po_favourite']]),
     dict(claim='Accuracy rises over three iterations',
          paper='"generally", with small fluctuations',
          refuted_if='an iteration is below the one before',

@@ -6,8 +6,8 @@
 __all__ = ['ARMS', 'CORE', 'PRESETS', 'READOUTS', 'COMPARISONS', 'CLAIMS', 'FIGURES', 'SAME', 'MULTIAGENT_FT', 'MultiagentFT',
            'Speakers', 'speakers', 'DebateArm', 'multiagent_ft', 'discuss', 'credit', 'learners', 'receivers',
            'debate_examples', 'worth_learning', 'learn', 'measure', 'crowd', 'judges', 'disputes', 'preferences',
-           'Judged', 'judge_pairs', 'read_out', 'readouts', 'results', 'measure_diversity', 'diversity', 'transfer_set',
-           'beyond', 'elsewhere', 'tables']
+           'Judged', 'judge_pairs', 'read_out', 'readouts', 'results', 'asked', 'measure_diversity', 'diversity',
+           'transfer_set', 'beyond', 'elsewhere', 'tables']
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #5c08f162
 from collections.abc import Callable
@@ -377,7 +377,7 @@ def measure(run:Run, s:MultiagentFT, team:Speakers, problems:Artifact, split:str
                        iteration=iteration, seed=seed, **s.sampling(greedy=True))
     graded,greedy_graded = (run.stage(grade, turns=said, problems=problems) for said in (turns, greedy))
     voted = run.stage(majority, turns=turns, problems=problems, seed=seed)
-    return dict(turns=turns, graded=graded, voted=voted, greedy=greedy, greedy_graded=greedy_graded),team
+    return dict(evaluate=(turns, graded, voted), greedy=(greedy, greedy_graded)),team
 
 def crowd(s:MultiagentFT, team:Speakers)->Speakers:
     "As many seats as voters, all with the first generator's model."
@@ -478,10 +478,9 @@ def readouts(
     step:Step, # of `multiagent_ft`
 )->pd.DataFrame: # compact rows of `mapo.evaluation`, in which the readout stands for the agent
     "The rows of every readout of one iteration."
-    measured,table = step.measured,step.problems.read('problems')
-    rows = read_out(_spoken(measured['turns'], measured['graded']), measured['voted'].read('votes'), table)
-    greedy = _spoken(measured['greedy'],
-                     measured['greedy_graded']).groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index()
+    (turns, graded, voted),table = step.measured['evaluate'],step.problems.read('problems')
+    rows = read_out(_spoken(turns, graded), voted.read('votes'), table)
+    greedy = _spoken(*step.measured['greedy']).groupby('problem_id')['correct'].agg(n='size', c='sum').reset_index()
     rows = pd.concat([rows, greedy.assign(readout='alone, greedy')],
                      ignore_index=True).rename(columns=dict(readout='agent'))
     return rows.assign(**step.at(), greedy=float('nan'))
@@ -490,6 +489,12 @@ def results(s:MultiagentFT, step:Step)->pd.DataFrame: # compact rows
     "How the team did, as the arm reads it."
     rows = readouts(step)
     return rows[rows['agent'] == step.arm.readout].assign(agent='team')
+
+# %% ../nbs/api/21_multiagent_ft.ipynb #6c6ca670
+def asked(s:MultiagentFT, step:Step)->pd.DataFrame: # graded turns
+    "The turns that an arm's results rest on."
+    turns = scored(*step.measured['evaluate'][:2])
+    return turns if step.arm.readout == 'debate' else turns[turns['round'] == 0]
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #7ad276f7
 def measure_diversity(
@@ -535,8 +540,8 @@ def _divergence(rows): # KL of the agents among each other, and of each to the b
 def diversity(run:Run, s:MultiagentFT, step:Step)->Artifact:
     "The diversity of one iteration's evaluation debate."
     models = {a: agent.model for a, agent in step.team.agents.items()}
-    said = step.measured['turns']
-    return run.stage(measure_diversity, turns=(said, step.measured['voted']), contexts=said, problems=step.problems,
+    said,_,voted = step.measured['evaluate']
+    return run.stage(measure_diversity, turns=(said, voted), contexts=said, problems=step.problems,
                      models=models, base=step.team.base, n=s.n_diversity, encoder=s.encoder)
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #44181915
@@ -581,6 +586,26 @@ CLAIMS = [ # Table 1 is of one iteration (L = 1), so the claims that quote it ar
          paper='without 56.60, with 58.80',
          refuted_if='it is below itself without critics',
          tests=[['multiagent_ft@1', 'multiagent_ft_no_critics']]),
+    dict(claim='It improves on debate in two epochs, as the released code trains',
+         paper='its experiments were made so',
+         refuted_if='after two epochs it is below the untrained debate',
+         tests=[['multiagent_ft_epochs', 'debate']]),
+    dict(claim='... and on one model that is tuned in two epochs',
+         paper='its experiments were made so',
+         refuted_if='it is below one model that learnt from the same turns for as many epochs',
+         tests=[['multiagent_ft_epochs', 'single_agent_epochs']]),
+    dict(claim='The gain is not that of more calls',
+         paper='not tested there: a debate asks nine times, its votes three times',
+         refuted_if='it is below a vote of nine, untrained or after majority FT',
+         tests=[['multiagent_ft@1', 'majority_nine'], ['multiagent_ft@1', 'majority_ft_nine']]),
+    dict(claim='Tuning the critics helps',
+         paper='not tested apart from having critics at all',
+         refuted_if='it is below itself with untuned critics',
+         tests=[['multiagent_ft@1', 'multiagent_ft_generators']]),
+    dict(claim='Tuning the generators helps',
+         paper='not tested there',
+         refuted_if='it is below itself with untuned generators',
+         tests=[['multiagent_ft@1', 'multiagent_ft_critics']]),
     dict(claim="Critics' preferences are worth more than the majority's",
          paper='not in the paper; its reviewers asked',
          refuted_if="DPO on critics' judgements is below DPO on the majority's, or below Multiagent FT",
@@ -641,7 +666,7 @@ def beyond(run:Run, s:MultiagentFT,
     "How much agents still differ, and how they do on problems that no agent learnt from."
     apart = [step for step in steps if step.arm.name not in SAME]
     differ = [(step, diversity(run, step.arm.settings(s), step)) for step in apart
-              if not (step.arm.settings(s).one_generator or step.arm.settings(s).voters)]
+              if not step.arm.settings(s).voters]
     last = {(step.arm.name, step.seed): step for step in apart}.values()
     return dict(diversity=differ, transfer=[elsewhere(run, step.arm.settings(s), step) for step in last] if s.transfer
                 else [])
@@ -684,7 +709,7 @@ def _diversity(found):
 
 def _cuts(steps): # contexts that were shortened, in training and in evaluation
     said = [(step, purpose, a) for step in steps
-            for purpose, a in (('train', step.turns), ('evaluate', step.measured['turns'])) if a]
+            for purpose, a in (('train', step.turns), ('evaluate', step.measured['evaluate'][0])) if a]
     return pd.DataFrame([step.at() | dict(purpose=purpose, turns=len(a.read('turns')), cut=len(a.read('cuts')),
                                           texts=int(a.read('cuts')['cut'].sum()))
                          for step, purpose, a in said])
@@ -722,14 +747,16 @@ def _conversations(steps, n=2): # a few evaluated problems of the first seed, as
         ('context_id' if name == 'shown_contexts' else ['arm', 'turn_id'])) for name, parts in shown.items() if parts}
 
 def _conversation(step, n): # of problems on which agents are of two minds
-    said = step.measured['turns'].read('turns')
-    right = step.measured['graded'].read('scores').query("name == 'correct'").set_index('turn_id')['value']
+    turns,graded,_ = step.measured['evaluate']
+    said = turns.read('turns')
+    right = graded.read('scores').query("name == 'correct'").set_index('turn_id')['value']
     said = said.assign(arm=step.arm.name, correct=said['turn_id'].map(right))
     mixed = said.groupby('problem_id')['correct'].nunique()
     few = said[said['problem_id'].isin(sorted(mixed.index[mixed > 1])[:n])]
-    return few,step.measured['turns'].read('contexts').query('context_id in @few.context_id')
+    return few,turns.read('contexts').query('context_id in @few.context_id')
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #be2147a1
 MULTIAGENT_FT = Experiment('multiagent_ft', PRESETS, ARMS, multiagent_ft, results, CORE,
                            always=('base', 'majority', 'debate'),
-                           comparisons=COMPARISONS, claims=CLAIMS, figures=FIGURES, beyond=beyond, tables=tables)
+                           comparisons=COMPARISONS, claims=CLAIMS, figures=FIGURES, asked=asked, beyond=beyond,
+                           tables=tables)

@@ -252,14 +252,14 @@ def unread_share(
 
 # %% ../nbs/api/06_rewards.ipynb #8332c8a9
 def second_opinions(
-    rows:pd.DataFrame,     # `problem_id, answer` of graded turns
+    turns:pd.DataFrame,    # graded: `problem_id, answer`
     problems:pd.DataFrame, # with their gold `answer` and its `kind`
     most:int=500,          # distinct answers that are drawn; choices, and what it decided, are left out
     seed:int=0,            # of the draw
     grader:Grader=None,    # a running grader, which stays open; None starts one and stops it
 )->pd.DataFrame: # `problem_id, gold, answer, kind, turns, mapo, math_verify`; None where math-verify's time ran out
     "Math-verify's verdicts beside those that were given without it."
-    pairs = rows.dropna(subset='answer').groupby(['problem_id', 'answer'], sort=False)
+    pairs = turns.dropna(subset='answer').groupby(['problem_id', 'answer'], sort=False)
     said = pairs.size().rename('turns').reset_index()
     said = said.assign(draw=seeded_draw(said['problem_id'] + '\n' + said['answer'], seed)).nsmallest(most, 'draw')
     facts = problem_facts(said, problems, 'answer', 'kind').rename(columns=dict(answer='gold'))

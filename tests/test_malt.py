@@ -73,6 +73,8 @@ def test_what_is_measured_adds_up(record):
     for arm, last in dict(malt='refiner', gv='verifier', gr='refiner').items():
         assert ends[arm] == pytest.approx(readouts[arm, f'after {last}'])
     assert readouts['malt', 'vote'] == pytest.approx(rows[rows.arm == 'malt'].c.mean())
+    calls = pd.read_csv(record[1]/'inference.csv').set_index('arm').calls
+    assert calls[['sa', 'gold_sft', 'malt_one', 'malt', 'gv', 'debate']].tolist() == [1, 3, 3, 9, 6, 9]
     assert set(rows.arm) & {'malt_harder',
                             'ma_vote_harder'} == set() and 'harder' in set(pd.read_csv(record[1]/'sweep.csv').value)
     updates = costs.set_index('arm').updates
@@ -115,7 +117,7 @@ def test_contexts_that_outgrow_the_window_are_counted_and_wrong(runs):
     record = experiment(run, MALT, MALT.settings('smoke', **SMALL | dict(max_tokens=970, votes=1)), 'ma', [0], 'dev')
     rows, _, _ = load_record(record)
     assert (rows.c == 0).all() and (rows.n == 1).all() and len(rows) == 3
-    assert pd.read_parquet(record/'calls.parquet').not_asked.sum() == 3
+    assert pd.read_csv(record/'inference.csv').not_asked.sum() == 3
     readouts = (pd.read_csv(record/'readouts.csv').set_index('readout').accuracy if (record/'readouts.csv').exists()
                 else {})
     assert len(readouts) == 3 and readouts['after refiner'] == 0

@@ -1,5 +1,5 @@
 """The experiment, its notebook and its command line agree; variants that take too long for a notebook cell."""
-import subprocess, sys
+import json, subprocess, sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -53,6 +53,17 @@ def test_the_initial_reference_is_not_the_previous_one(runs):
         margins[reference] = curves.margin[[1, 3]].abs().tolist()
     assert margins['previous'] == pytest.approx([0, 0], abs=1e-4)
     assert margins['initial'][0] == pytest.approx(0, abs=1e-4) and margins['initial'][1] > 1e-3
+
+
+def test_answers_to_problems_of_ones_own_are_graded_a_second_time(tmp_path):
+    questions = [f'{a}*{b}+{c}*4-3' for a in (4, 5) for b in (6, 7) for c in (2, 3, 8)]
+    rows = [dict(question=q, answer=str(eval(q))) for q in questions]
+    (tmp_path/'mine.jsonl').write_text(''.join(json.dumps(row)+'\n' for row in rows))
+    settings = MARS_PO.settings('smoke', source=str(tmp_path/'mine.jsonl'), n_train=4, n_dev=4, n_test=4)
+    record = experiment(Run('own', {}, root=tmp_path/'runs'), MARS_PO, settings, 'base', [0], 'dev')
+    asked = pd.read_csv(record/'opinions.csv')
+    assert asked.arm.tolist() == ['base'] and 4 <= asked.answers[0] <= 4*2*3 and asked.disagreed[0] == 0
+    assert not (record/'disagreements.csv').exists()
 
 
 @pytest.fixture(scope='module')

@@ -119,6 +119,8 @@ def test_core_is_what_its_record_draws(runs, tmp_path):
             'cost.svg'} <= drawn
     readouts = pd.read_csv(record/'readouts.csv')
     assert set(readouts.readout) == {'alone', 'vote', 'debate', 'alone, greedy'}
+    calls = pd.read_csv(record/'inference.csv').groupby('arm').calls.first()
+    assert calls[['base', 'majority', 'majority_ft', 'debate']].tolist() == [1, 3, 3, 9], 'three summaries in a debate'
 
 
 @pytest.mark.parametrize('updates', [0, 1])
