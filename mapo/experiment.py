@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'COSTS', 'OTHER_SIDES', 'Settings', 'documented', 'settings_table', 'Arm', 'Fit', 'Step', 'fit',
-           'check_fits', 'begins_with', 'evaluated', 'Experiment', 'show_source', 'compute', 'experiment', 'told_apart',
-           'checkable', 'rows', 'agents_apart', 'after_debate', 'costs', 'inference', 'opinions', 'disagreements',
-           'gathered', 'training_curves', 'manifest', 'drawable', 'provenance_of', 'seeds_vary', 'write_record',
-           'rates']
+           'check_fits', 'begins_with', 'evaluated', 'Experiment', 'show_source', 'Planned', 'Rehearsal', 'cast',
+           'check_cast', 'compute', 'rehearse', 'experiment', 'told_apart', 'checkable', 'rows', 'agents_apart',
+           'after_debate', 'costs', 'inference', 'opinions', 'disagreements', 'gathered', 'training_curves', 'manifest',
+           'drawable', 'provenance_of', 'seeds_vary', 'write_record', 'rates']
 
 # %% ../nbs/api/19_experiment.ipynb #5e59178e
 import ast, difflib, inspect, textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .pairs import Built
 from .record import save_record, save_tables
 from .tables import arm_label, know_arms
 from .rewards import answering, second_opinions
-from .runs import Artifact, Run, scored, write_json
+from .runs import Artifact, Run, check_inputs, key_of, scored, write_json
 from .tiny import FORM, make_agent
 
 # %% ../nbs/api/19_experiment.ipynb #f1c66fab
@@ -302,6 +303,82 @@ def show_source(
     from IPython.display import Markdown
     return Markdown('\n\n'.join(f'```python\n{inspect.getsource(fn).rstrip()}\n```' for fn in fns))
 
+# %% ../nbs/api/19_experiment.ipynb #df16e34b
+@dataclass(frozen=True)
+class Planned(Artifact):
+    "The result of a stage that was not run."
+    fn:Callable=None # the stage's function
+    inputs:dict=field(default_factory=dict) # what it was asked for with
+
+    @property
+    def stage(self)->str:
+        "The name of its function."
+        return self.fn.__name__
+
+    def read(self, name='', columns=None):
+        return pd.DataFrame(dict(agent='', part='planned', fate='planned', count=[1]))
+
+    @property
+    def log(self): return {}
+
+    def __repr__(self): return f'{self.path.name} (planned)'
+
+# %% ../nbs/api/19_experiment.ipynb #04b40e3c
+def _said(value): # an input as JSON; a model is its path, an artifact its key
+    if isinstance(value, Artifact): return [value.key, value.filter]
+    if inspect.isfunction(value): return value.__qualname__
+    if is_dataclass(value): return [type(value).__name__, *(_said(getattr(value, f.name)) for f in fields(value))]
+    if isinstance(value, dict): return {str(k): _said(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_said(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+# %% ../nbs/api/19_experiment.ipynb #4cfce361
+class Rehearsal:
+    "Stands in for a `Run`: notes the stages that are asked for, and starts none."
+    def __init__(self): self.planned,self.asked = {},{}
+
+    def stage(self, fn, **inputs)->Planned:
+        "Note a stage; its result is a promise."
+        check_inputs(fn, inputs)
+        key = key_of([fn.__name__, _said(inputs)])
+        stage = Planned(key, Path('planned')/f'{fn.__name__}-{key[:16]}', fn=fn, inputs=inputs)
+        self.planned[str(stage.path)],self.asked[key] = stage,self.asked.get(key, 0)+1
+        return stage
+
+    def arms(self, arms:list, seeds:list): # an arm and a seed at a time
+        "Every arm under every seed, as `Run.arms`."
+        return ((arm, seed) for seed in seeds for arm in arms)
+
+    def origin(self, model:Model)->Model:
+        "The model that was there before any training: where `model` comes from."
+        made = self.planned.get(str(Path(model.adapter or model.path).parent)) or self.planned.get(model.path)
+        if made is None: return model
+        if 'init' in made.inputs: return self.origin(made.inputs['init'])
+        return Model(made.inputs['name'], f"tiny:{made.inputs['name']}", licence=model.licence)
+
+# %% ../nbs/api/19_experiment.ipynb #d13f4b25
+def cast(
+    rehearsed:Rehearsal, # after an experiment
+)->tuple[tuple,tuple]: # agents in the order in which they are asked in one conversation; names of models that learn
+    "Who is asked, after whom, and which models learn."
+    asked,learn = {},{}
+    for stage in rehearsed.planned.values():
+        if stage.stage == 'train' and stage.inputs['objective'].causal:
+            learn[rehearsed.origin(stage.inputs['init']).path] = True
+        for agents in getattr(stage.fn, 'conversations', lambda **_: ())(**stage.inputs):
+            asked[tuple(replace(a, model=rehearsed.origin(a.model)) for a in agents)] = True
+    return tuple(c for c in asked if not c[-1].model.path.startswith('tiny:')),tuple(learn)
+
+def check_cast(
+    conversations:tuple, # of `cast`
+    learners:tuple,      # likewise
+)->pd.DataFrame: # `agent, role, model, learns`, once each was found fit
+    "Refuse models that cannot be asked what an experiment asks, or cannot learn from what they answer."
+    from mapo.engines import check_asked
+    for *before, agent in conversations: check_asked(agent, *before, learns=agent.model.path in learners)
+    return pd.DataFrame([dict(agent=a.name, role=a.role.name, model=a.model.path, learns=a.model.path in learners)
+                         for *_, a in conversations])
+
 # %% ../nbs/api/19_experiment.ipynb #d8de5bb6
 def compute(
     run:Run,          # keeps the stages
@@ -320,6 +397,19 @@ def compute(
     return [step for arm, seed in run.arms(wanted, seeds)
             for step in e.method(run, arm.settings(s), arm, seed, problems, split)]
 
+# %% ../nbs/api/19_experiment.ipynb #fff99980
+def rehearse(
+    e:Experiment,
+    s:Settings,       # of `e.settings`
+    arms:str='core',  # as for `compute`
+    seeds:list=(0,),  # as for `compute`
+    split:str='dev',  # as for `compute`
+)->Rehearsal:
+    "Go through an experiment; a method that decides by what it reads of a result is followed up to there."
+    rehearsed = Rehearsal()
+    with suppress(Exception): e.beyond(rehearsed, s, compute(rehearsed, e, s, arms, seeds, split))
+    return rehearsed
+
 # %% ../nbs/api/19_experiment.ipynb #a503fb11
 def experiment(
     run:Run,          # keeps the stages and the record
@@ -330,6 +420,8 @@ def experiment(
     split:str='dev',  # as for `compute`
 )->Path: # the record's folder
     "Run an experiment and write its record."
+    conversations,learners = cast(rehearse(e, s, arms, seeds, split))
+    if conversations: run.stage(check_cast, conversations=conversations, learners=learners)
     steps = compute(run, e, s, arms, seeds, split)
     return write_record(run, e, s, steps, e.beyond(run, s, steps), opinions(run, s, steps))
 

@@ -375,6 +375,8 @@ def tell_refiner(
     known = pd.concat([contexts, said.contexts]).drop_duplicates('context_id', ignore_index=True)
     return Said(known, pd.concat([before, said.turns], ignore_index=True), said.cuts)
 
+tell_refiner.conversations = lambda refiner, **_: [(refiner,)]
+
 # %% ../nbs/api/22_malt.ipynb #ea6d15df
 def other_critiques(
     turns:pd.DataFrame,    # passes up to the verifier

@@ -455,6 +455,11 @@ def _verdicts(asked, said, problems): # the id of the turn that each comparison 
     one,other,end = written.to_numpy(object).reshape(3, -1)
     return found['first'].where(end == one, found['second'].where(end == other, None)).to_numpy(object)
 
+def _judging(turns, critics, **_): # each goes on from what a generator said
+    return list(zip(turns[0].inputs['generators'], critics))
+
+judge_pairs.conversations = _judging
+
 # %% ../nbs/api/21_multiagent_ft.ipynb #1996a8ca
 READOUTS = ('alone', 'vote', 'debate')
 

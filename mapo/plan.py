@@ -8,11 +8,11 @@ __all__ = ['CONFIGS', 'BYTES', 'DRAW', 'TRAINED', 'COPY', 'GPUS', 'USABLE', 'PRE
            'KL_LOGITS', 'ROWS', 'CONDITIONS', 'TEXT', 'GRADED', 'PROMPT_TOKENS', 'PAPERS', 'Sizes', 'count_parameters',
            'stored_parameters', 'sizes', 'number_bytes', 'sampling_memory', 'scoring_memory', 'lora_parameters',
            'training_memory', 'kept_bytes', 'Machine', 'machine', 'here', 'Memory', 'Served', 'Answering', 'Reading',
-           'frozen_bytes', 'Learning', 'Planned', 'count_problems', 'Asked', 'asked', 'sampling_rows', 'scoring_rows',
+           'frozen_bytes', 'Learning', 'count_problems', 'Asked', 'asked', 'sampling_rows', 'scoring_rows',
            'diversity_rows', 'Lesson', 'lesson', 'training_rows', 'Step', 'Plan', 'licence', 'teachers',
            'licence_lines', 'Shortage', 'shortages', 'fits', 'check_fit', 'machine_table', 'machine_totals',
            'machine_assumptions', 'sampling_table', 'scoring_table', 'training_table', 'models_table', 'totals',
-           'assumptions', 'describe', 'plan_paper', 'outline']
+           'assumptions', 'describe', 'check_templates', 'plan_paper', 'outline']
 
 # %% ../nbs/api/23_plan.ipynb #8441389a
 import difflib, inspect, json, math, re, textwrap, time
@@ -24,14 +24,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .experiment import Experiment, compute
+from .experiment import Experiment, Planned, Rehearsal, cast, check_cast, compute
 from .malt import MALT
 from .mars_po import MARS_PO
 from .multiagent_ft import MULTIAGENT_FT
 from .agents import Agent, Model, Team, escape, model_folder, printable
 from .methods import LICENCES
 from .tables import Shown, show_table
-from .runs import Artifact, check_inputs, key_of
+from .runs import Artifact
 
 # %% ../nbs/api/23_plan.ipynb #af229431
 @dataclass(frozen=True)
@@ -536,30 +536,6 @@ class Learning:
         return [*free, *shared, *(f | c for f in free for c in shared), *adapter, *four,
                 *(f | c for f in free for c in (*adapter, *four))]
 
-# %% ../nbs/api/23_plan.ipynb #871adc64
-@dataclass(frozen=True)
-class Planned(Artifact):
-    "The result of a stage that was not run."
-    stage:str='' # name of the stage's function
-    inputs:dict=field(default_factory=dict) # what it was asked for with
-
-    def read(self, name='', columns=None):
-        return pd.DataFrame(dict(agent='', part='planned', fate='planned', count=[1]))
-
-    @property
-    def log(self): return {}
-
-    def __repr__(self): return f'{self.path.name} (planned)'
-
-# %% ../nbs/api/23_plan.ipynb #001df4bf
-def _said(value): # an input as JSON; a model is its path, an artifact its key
-    if isinstance(value, Artifact): return [value.key, value.filter]
-    if inspect.isfunction(value): return value.__qualname__
-    if is_dataclass(value): return [type(value).__name__, *(_said(getattr(value, f.name)) for f in fields(value))]
-    if isinstance(value, dict): return {str(k): _said(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_said(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
 # %% ../nbs/api/23_plan.ipynb #dd4cf4f9
 def _within(value, kind): # everything of a kind in an input, however deep
     if isinstance(value, kind): yield value
@@ -856,8 +832,8 @@ class Step(NamedTuple):
 
 
 # %% ../nbs/api/23_plan.ipynb #f34b43fe
-class Plan:
-    "Stands in for a `Run`: notes the stages that are asked for, and starts none."
+class Plan(Rehearsal):
+    "A rehearsal that notes what each stage would take."
     def __init__(self,
         name:str,          # what is planned
         prompt_tokens:int, # of a question with its template: an assumption
@@ -865,10 +841,11 @@ class Plan:
         machine:Machine=None, # where it would run
         settings=None,     # of an experiment: how its models are served there, which is not how they would be here
     ):
+        super().__init__()
         self.serving = {name: getattr(settings, name)
                         for name in ('engine', 'tensor_parallel', 'data_parallel', 'token_budget')} if settings else {}
         self.name,self.prompt_tokens,self.answer_tokens,self.machine = name,prompt_tokens,answer_tokens,machine
-        self.planned,self.asked,self._sizes,self._rows = {},{},{},[]
+        self._sizes,self._rows = {},[]
         self.steps,self._place = [],('', 0)
 
     def answer(self, max_tokens:int)->int:
@@ -876,12 +853,9 @@ class Plan:
         return min(self.answer_tokens or max_tokens, max_tokens)
 
     def stage(self, fn, **inputs)->Planned:
-        "Note a stage; its result is a promise."
-        check_inputs(fn, inputs)
-        key = key_of([fn.__name__, _said(inputs)])
-        stage = Planned(key, Path('planned')/f'{fn.__name__}-{key[:16]}', stage=fn.__name__, inputs=inputs)
-        self.planned[str(stage.path)],self.asked[key] = stage,self.asked.get(key, 0)+1
-        rows = self.rows(stage) if self.asked[key] == 1 else []
+        "Note a stage and what it takes; its result is a promise."
+        stage = super().stage(fn, **inputs)
+        rows = self.rows(stage) if self.asked[stage.key] == 1 else []
         tokens = sum(row['tokens'] for row in rows)
         self._rows += rows
         self.steps.append(Step(*self._place, inputs.get('iteration', 0), fn.__name__, tokens))
@@ -899,13 +873,6 @@ class Plan:
                 self._place = arm.name,seed
                 yield arm, seed
         self._place = '',0
-
-    def origin(self, model:Model)->Model:
-        "The model that was there before any training: where `model` comes from."
-        made = self.planned.get(str(Path(model.adapter or model.path).parent)) or self.planned.get(model.path)
-        if made is None: return model
-        if 'init' in made.inputs: return self.origin(made.inputs['init'])
-        return Model(made.inputs['name'], f"tiny:{made.inputs['name']}", licence=model.licence)
 
     def sizes(self, model:Model)->Sizes:
         "How large a model is; training does not change it."
@@ -1277,6 +1244,19 @@ def _list(lines):
 # with its template; counted with a small model's tokenizer, a question of GSM8K has 60 on average, one of MATH 90
 PROMPT_TOKENS = dict(tiny=32, arithmetic=96, benchmark=256)
 
+# %% ../nbs/api/23_plan.ipynb #2ff2a85d
+def check_templates(
+    plan:Plan, # with all its stages
+):
+    "Refuse models that cannot be asked what is planned, or cannot learn from what they answer."
+    conversations,learners = cast(plan)
+    here = tuple(c for c in conversations if all(_has_tokenizer(agent.model) for agent in c))
+    if here: check_cast(here, learners)
+
+def _has_tokenizer(model):
+    try: return (_folder(model)/'tokenizer_config.json').exists()
+    except FileNotFoundError: return False
+
 # %% ../nbs/api/23_plan.ipynb #e11ad11b
 PAPERS = {e.name: e for e in (MARS_PO, MULTIAGENT_FT, MALT)}
 
@@ -1302,6 +1282,7 @@ def plan_paper(
                 prompt_tokens or PROMPT_TOKENS[_prompts(settings)], answer_tokens, where, settings)
     if settings.engine == 'auto': settings = replace(settings, engine=where.engine if where else 'transformers')
     e.beyond(plan, settings, compute(plan, e, settings, arms, list(seeds), split))
+    check_templates(plan)
     if where: check_fit(plan, where)
     return plan
 
@@ -1331,5 +1312,6 @@ def outline(
     if settings.engine == 'auto': settings = replace(settings, engine='transformers')
     plan = _Outline(name, 1, settings=settings)
     e.beyond(plan, settings, compute(plan, e, settings, arms, list(seeds), split))
+    check_templates(plan)
     return plan
 

@@ -508,3 +508,14 @@ def sample_tree(
              for level, (agent, n) in enumerate(zip(team, branching)) if level]
     first = lambda *_: ask_alone(problems, Team(team.name, list(team)[:1]), branching[0], purpose, iteration, seed)
     return sample_rounds([first, *under], engines, sampling, answers, map_chunks)
+
+# %% ../nbs/api/04_sampling.ipynb #692b1041
+def _alone(team, **_): return [(agent,) for agent in team]
+
+def _in_debate(generators, critics, summarizer, rounds, **_):
+    replies = zip(generators, critics) if rounds > 1 else ()
+    return [*_alone(generators), *replies, *_alone([summarizer] if summarizer and rounds > 1 else [])]
+
+sample_alone.conversations = _alone
+sample_tree.conversations = _alone
+debate.conversations = _in_debate

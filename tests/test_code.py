@@ -29,6 +29,7 @@ STAGES = {
     rewards.reward: ('rewards.problem_facts', 'rewards.grade'),
     rewards.flip_labels: ('rewards.score_rows', 'rewards.grade'),
     rewards.bias_rewards: ('rewards.score_rows', 'rewards.grade'),
+    experiment.check_cast: ('engines.template_faults', 'engines.uniforms'),
     rewards.second_opinions: ('answers.Grader', 'rewards.grade'),
     rewards.judge_turns: ('answers.extract_answer', 'rewards.grade'),
     pairs.own_positives: ('pairs.teach', 'pairs.cross'),

@@ -1,6 +1,7 @@
 "A plan counts what a run does, knows models without loading them, and starts nothing."
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ import test_malt
 import test_mars_po
 import test_multiagent_ft
 from conftest import REPO, command
-from mapo.agents import CHECKPOINTS, Model
+from mapo.agents import CHECKPOINTS, Model, model_folder
 from mapo.experiment import compute, experiment
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
@@ -568,3 +569,22 @@ def test_names_that_others_chose_are_escaped(local):
     (hostile/'config.json').write_text((local/'config.json').read_text())
     plan = plan_paper('mars_po', 'smoke', 'mars_po', agents=[str(hostile)], on='H100-80')
     assert '<script>' not in plan._repr_html_() and '<script>alert(1)' in repr(plan)
+
+
+@pytest.mark.parametrize('name, models', [('mars_po', ['agents']), ('multiagent_ft', ['model']),
+                                          ('malt', ['generator', 'verifier', 'refiner'])])
+def test_a_model_that_cannot_learn_what_it_says_is_refused_before_anything_is_sampled(name, models, tmp_path):
+    folder = shutil.copytree(model_folder(Model('base', 'tiny:base')), tmp_path/'model')
+    template = (folder/'chat_template.jinja').read_text()
+    said = "message['content'] }}"
+    assert said in template
+    louder = template.replace(said, "(message['content'] + '!' if message['role'] == 'assistant' else "
+                                    "message['content']) }}")
+    (folder/'chat_template.jinja').write_text(louder)
+    given = {key: [str(folder)]*3 if key == 'agents' else str(folder) for key in models}
+    e,run = PAPERS[name],Run(name, {}, root=tmp_path/'runs')
+    refused = r"cannot play the role 'generator' .*cannot be trained with: it turns the answer '.*' into '.*!'"
+    for start in (lambda: experiment(run, e, e.settings('smoke', **given), 'core', [0], 'dev'),
+                  lambda: plan_paper(name, 'smoke', **given)):
+        with pytest.raises(ValueError, match=refused): start()
+    assert not run.stages
