@@ -30,7 +30,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
                           GenerationConfig, LogitsProcessor,
                           LogitsProcessorList, StoppingCriteria, StoppingCriteriaList)
 
-from .agents import (BREAK, MARKS, THINK, Agent, Model, Sampling, any_of, broken, file_hash, fingerprint,
+from .agents import (BREAK, MARKS, THINK, TOKEN_BUDGET, Agent, Model, Sampling, any_of, broken, file_hash, fingerprint,
                          model_folder, model_key)
 
 # %% ../nbs/api/03_engines.ipynb #caff04e7
@@ -748,7 +748,7 @@ class TransformersEngine(ChatEngine):
     ):
         super().__init__(model, progress)
         self.device,self._net = device_for(device),None
-        self.token_budget = token_budget or (32768 if self.device.type == 'cpu' else 65536)
+        self.token_budget = token_budget or (TOKEN_BUDGET//2 if self.device.type == 'cpu' else TOKEN_BUDGET)
 
     def generate(self, requests, sampling=Sampling()):
         "For each request its `n` completions, in order."
@@ -921,7 +921,7 @@ class RewardScorer:
         progress:bool=True,   # a bar when a call takes over two seconds
     ):
         self.model,self.device,self.progress = model,device_for(device),progress
-        self.token_budget = token_budget or (32768 if self.device.type == 'cpu' else 65536)
+        self.token_budget = token_budget or (TOKEN_BUDGET//2 if self.device.type == 'cpu' else TOKEN_BUDGET)
         self.model_key,self._net = model_key(model),None
 
     def score(self, conversations):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from .evaluation import accuracy, compact
-from .agents import Model, Sampling
+from .agents import CHECKPOINTS, Model, Sampling
 from .methods import Compute, make_problems, train
 from .objectives import Objective
 from .pairs import Built
@@ -214,10 +214,11 @@ def begins_with(
     seed:int,
 )->Model:
     "The model that a seed begins with."
-    if seed not in s.retrain: return model
-    if not model.path.startswith('tiny:'): raise ValueError(
+    tiny,name = model.path.startswith('tiny:'),model.path.removeprefix('tiny:')
+    if seed not in s.retrain and (not tiny or (CHECKPOINTS/name).is_dir()): return model
+    if not tiny: raise ValueError(
         f'seed {seed} trains its models from scratch, which only tiny ones can be, not {model.path!r}')
-    made = run.stage(make_agent, name=model.path.removeprefix('tiny:'), seed=seed, share=1.)
+    made = run.stage(make_agent, name=name, seed=seed if seed in s.retrain else 0, share=1.)
     return replace(model, path=str(made.path))
 
 # %% ../nbs/api/19_experiment.ipynb #9b09d1cd

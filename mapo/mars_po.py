@@ -174,6 +174,9 @@ _SUPERVISED = ('sft_own', 'rejection', 'sft_hybrid', 'sft_flipped', 'sft_hybrid_
 PRESETS = dict(
     smoke=MarsPO(n_train=24, n_dev=16, n_test=16, n_samples=4, n_evaluate=2, iterations=2, updates=3, reward_updates=3),
     tiny=MarsPO(learning_rates=dict(sft_own=3e-4, rejection=3e-4, mars_po_one_iteration=1e-5)),
+    tiny_routes=MarsPO(agents=('tiny:routes-products', 'tiny:routes-borrows', 'tiny:routes-carries'),
+                       same_agents=('tiny:routes-products',)*3,
+                       learning_rates=dict(sft_own=3e-4, rejection=3e-4, mars_po_one_iteration=1e-5)),
     small=MarsPO(engine='auto', agents=('HuggingFaceTB/SmolLM2-135M-Instruct', 'HuggingFaceTB/SmolLM2-360M-Instruct',
                                         'Qwen/Qwen2.5-0.5B-Instruct'),
                  same_agents=('Qwen/Qwen2.5-0.5B-Instruct',)*3, prompt=_WORDS,

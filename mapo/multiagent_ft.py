@@ -631,8 +631,7 @@ CLAIMS = [ # Table 1 is of one iteration (L = 1), so the claims that quote it ar
          paper="authors' answer to reviewers, about diversity; no numbers",
          refuted_if='they are less diverse than it',
          tests=[['multiagent_ft_no_interaction', 'single_agent@1']],
-         untestable='the answer to reviewers is about diversity, which is not measured where one generator sits in '
-                    'all seats; the accuracies are beside the point'),
+         untestable='it is about diversity, which has a table of its own; the accuracies are beside the point'),
     dict(claim='More iterations improve further',
          paper='Figure 1 (also in the text): 58.8 to 66.0 after five',
          refuted_if='the second iteration is below the first',

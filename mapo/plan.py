@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'BYTES', 'DRAW', 'TRAINED', 'COPY', 'GPUS', 'USABLE', 'PREFILL', 'TRAINING', 'STREAMING', 'VLLM_STEP',
-           'DISK', 'SHARDED', 'FOUR_BITS', 'BENCHMARKS', 'LEVELS', 'BUDGET', 'MAX_LENGTH', 'NLL_BUDGET', 'KL_BUDGET',
-           'KL_LOGITS', 'ROWS', 'CONDITIONS', 'TEXT', 'GRADED', 'PROMPT_TOKENS', 'PAPERS', 'Sizes', 'count_parameters',
-           'stored_parameters', 'sizes', 'number_bytes', 'sampling_memory', 'scoring_memory', 'lora_parameters',
-           'training_memory', 'kept_bytes', 'Machine', 'machine', 'here', 'Memory', 'Served', 'Answering', 'Reading',
-           'frozen_bytes', 'Learning', 'count_problems', 'Asked', 'asked', 'sampling_rows', 'scoring_rows',
-           'diversity_rows', 'Lesson', 'lesson', 'training_rows', 'Step', 'Plan', 'licence', 'teachers',
-           'licence_lines', 'Shortage', 'shortages', 'fits', 'check_fit', 'machine_table', 'machine_totals',
-           'machine_assumptions', 'sampling_table', 'scoring_table', 'training_table', 'models_table', 'totals',
-           'assumptions', 'describe', 'check_templates', 'plan_paper', 'outline']
+           'DISK', 'SHARDED', 'FOUR_BITS', 'BENCHMARKS', 'LEVELS', 'MAX_LENGTH', 'KL_LOGITS', 'ROWS', 'CONDITIONS',
+           'TEXT', 'GRADED', 'PROMPT_TOKENS', 'PAPERS', 'Sizes', 'count_parameters', 'stored_parameters', 'sizes',
+           'number_bytes', 'sampling_memory', 'scoring_memory', 'lora_parameters', 'training_memory', 'kept_bytes',
+           'Machine', 'machine', 'here', 'Memory', 'Served', 'Answering', 'Reading', 'frozen_bytes', 'Learning',
+           'count_problems', 'Asked', 'asked', 'sampling_rows', 'scoring_rows', 'diversity_rows', 'Lesson', 'lesson',
+           'training_rows', 'Step', 'Plan', 'licence', 'teachers', 'licence_lines', 'Shortage', 'shortages', 'fits',
+           'check_fit', 'machine_table', 'machine_totals', 'machine_assumptions', 'sampling_table', 'scoring_table',
+           'training_table', 'models_table', 'totals', 'assumptions', 'describe', 'check_templates', 'plan_paper',
+           'outline']
 
 # %% ../nbs/api/23_plan.ipynb #8441389a
 import difflib, inspect, json, math, re, textwrap, time
@@ -28,9 +28,12 @@ from .experiment import Experiment, Planned, Rehearsal, cast, check_cast, comput
 from .malt import MALT
 from .mars_po import MARS_PO
 from .multiagent_ft import MULTIAGENT_FT
-from .agents import Agent, Model, Team, escape, model_folder, printable
+from .agents import CHECKPOINTS, TOKEN_BUDGET, Agent, Model, Team, escape, model_folder, printable
+from .diversity import KL_BUDGET, NLL_BUDGET
 from .methods import LICENCES
+from .objectives import Objective
 from .tables import Shown, show_table
+from .tiny import RECIPES
 from .runs import Artifact
 
 # %% ../nbs/api/23_plan.ipynb #af229431
@@ -138,7 +141,12 @@ def _gguf_sizes(path):
                  said('context_length', 0))
 
 # %% ../nbs/api/23_plan.ipynb #cfba287f
+def _alike(name): # a tiny model that ships, as large as this one
+    return next(n for n in (name, *RECIPES) if RECIPES[n].layers == RECIPES[name].layers and (CHECKPOINTS/n).is_dir())
+
 def _folder(model): # where its config.json is on this machine; nothing is downloaded
+    name = model.path.removeprefix('tiny:')
+    if name != model.path and name in RECIPES: return CHECKPOINTS/_alike(name)
     if model.path.startswith(('tiny:', '.', '~', '/')) or model.path.endswith('.gguf') or Path(model.path).exists():
         return model_folder(model)
     from huggingface_hub import try_to_load_from_cache
@@ -330,7 +338,8 @@ class Served:
 
     def vllm(self, on:Machine)->bool: return (on.engine if self.engine == 'auto' else self.engine) == 'vllm'
 
-    def budget(self, on:Machine)->int: return self.token_budget or (BUDGET if on.name != 'here' else BUDGET//2)
+    def budget(self, on:Machine)->int:
+        return self.token_budget or (TOKEN_BUDGET if on.name != 'here' else TOKEN_BUDGET//2)
 
     def opening(self, on:Machine)->float: # seconds
         "Until the weights are in place."
@@ -354,7 +363,7 @@ class Served:
         return [*([] if self.vllm(on) else [dict(token_budget=self.budget(on) >> n) for n in (1, 2, 3, 4)]),
                 *(c | (dict(data_parallel=max(1, on.gpus//c['tensor_parallel']))
                        if c['tensor_parallel']*self.data_parallel > on.gpus else {}) for c in wider),
-                *([dict(engine='transformers', token_budget=BUDGET >> n) for n in (0, 1, 2, 3)] if self.vllm(on)
+                *([dict(engine='transformers', token_budget=TOKEN_BUDGET >> n) for n in (0, 1, 2, 3)] if self.vllm(on)
                   and self.gpus == 1 else [])]
 
 # %% ../nbs/api/23_plan.ipynb #4dbcc955
@@ -663,8 +672,7 @@ def _judged(i, problems, prompt, said): # at most: all first answers differ, and
             for c in i['critics']]
 
 # %% ../nbs/api/23_plan.ipynb #2be3efc2
-BUDGET = 65536    # tokens of a batch on an accelerator, as `mapo.engines` sets it where `token_budget` is 0
-MAX_LENGTH = 2048 # tokens of a training row, as `mapo.training.Training` sets it: longer rows are left out
+MAX_LENGTH = Objective.max_length # tokens of a training row: longer rows are left out
 
 # %% ../nbs/api/23_plan.ipynb #8468de29
 def sampling_rows(
@@ -680,7 +688,7 @@ def _sampling_row(stage, plan, most, mean):
     i,size,longest,chunk = (stage.inputs,plan.sizes(most.model),stage.inputs['sampling'].max_tokens,
                             stage.inputs['answers'])
     served,width,answer = plan.serving,most.prompt+longest,plan.answer(longest)
-    rows = max(1, min(chunk, most.answers, (served.get('token_budget') or BUDGET)//width))
+    rows = max(1, min(chunk, most.answers, (served.get('token_budget') or TOKEN_BUDGET)//width))
     return dict(kind='sample', purpose=i.get('purpose', stage.stage.partition('_')[0]), iteration=i.get('iteration', 1),
                 model=plan.origin(most.model), requests=most.requests, answers=most.answers,
                 tokens=most.answers*answer, prompts=most.answers*mean.prompt, room=_room(plan, most.model, longest),
@@ -702,11 +710,10 @@ def scoring_rows(
     longest = max(r['work'].width for r in sampled)
     return [dict(kind='score', purpose='score', iteration=sampled[0]['iteration'], model=plan.origin(model),
                  answers=answers, tokens=read, room=_room(plan, model, said),
-                 memory=scoring_memory(size, dtype, min(read, served.get('token_budget') or BUDGET)),
+                 memory=scoring_memory(size, dtype, min(read, served.get('token_budget') or TOKEN_BUDGET)),
                  work=Reading(size, dtype, **served, texts=answers, length=math.ceil(read/answers), longest=longest))]
 
 # %% ../nbs/api/23_plan.ipynb #8fcb0d62
-NLL_BUDGET,KL_BUDGET = 16384,4096 # tokens of a batch, as `mapo.diversity` sets them
 KL_LOGITS = 24 # bytes: logits, their logarithms in float32 twice and a difference
 
 def diversity_rows(
@@ -1202,7 +1209,7 @@ def assumptions(
             'Every agent finds something to learn from, where epochs count all that there can be; all first answers '
             'differ where they are judged; problems that leak between splits, which are left out, are counted.',
             *([] if plan.machine else ['One device holds one model at a time: sampling in batches of '
-                                       f'{BUDGET:,} tokens where token_budget is 0, training with '
+                                       f'{TOKEN_BUDGET:,} tokens where token_budget is 0, training with '
                                        'micro_batch_size rows at once, or the whole batch where it is 0.']),
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), '
             f'rows of at most {MAX_LENGTH:,} tokens; a LoRA adapter leaves its base '

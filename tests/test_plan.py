@@ -19,7 +19,7 @@ from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.methods import LICENCES
 from mapo.multiagent_ft import MULTIAGENT_FT
-from mapo.plan import (BUDGET, CONDITIONS, CONFIGS, GPUS, KL_BUDGET, MAX_LENGTH, NLL_BUDGET, PAPERS, USABLE, Answering,
+from mapo.plan import (CONDITIONS, CONFIGS, GPUS, PAPERS, USABLE, Answering,
                        Learning, Machine, Reading, Sizes, check_fit, count_parameters, fits, here, kept_bytes,
                        licence_lines, lora_parameters, machine, machine_table, machine_totals, plan_paper,
                        sampling_table, shortages, sizes, teachers, totals, training_memory)
@@ -208,16 +208,6 @@ def test_activations_are_what_autograd_keeps(heads, kv_heads, intermediate):
     one = Sizes(parameters=0, layers=1, hidden=64*heads, intermediate=intermediate, heads=heads, kv_heads=kv_heads,
                 head_dim=64, vocabulary=99, window=0)
     assert measured == pytest.approx(training_memory(one, 'bfloat16', 1)[1], rel=.01)
-
-
-def test_limits_are_those_of_engines_and_training():
-    import inspect
-    from mapo.diversity import kl_between, nll_among
-    from mapo.objectives import Objective
-    assert Objective().max_length == MAX_LENGTH
-    assert re.search(rf'else {BUDGET}\b', (REPO/'mapo'/'engines.py').read_text())
-    assert [inspect.signature(fn).parameters['token_budget'].default
-            for fn in (nll_among, kl_between)] == [NLL_BUDGET, KL_BUDGET]
 
 
 def test_settings_that_a_machine_may_be_told_are_those_of_training():
