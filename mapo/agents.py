@@ -128,10 +128,10 @@ def model_key(
 # %% ../nbs/api/02_agents.ipynb #028d5991
 BREAK = '\u2060' # Unicode's word joiner
 MARKS = re.compile(r'<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]|`{3,}') # what a frame is recognised by
-THINK = '<think>','</think>' # which nobody else may open or close
+THINK = '<think>','</think>' # which no text that is shown may open or close
 
 def broken(
-    text:str,     # what somebody wrote
+    text:str,     # what an agent wrote
     marks:str,    # a regular expression of what must not stand in it; '' for nothing
 )->str: # the same where there is none
     "Break every mark in a text, so that it is no mark any more."

@@ -53,7 +53,7 @@ class MultiagentFT(Settings):
     n_dev:int=200                # problems settings are chosen on; ours
     n_test:int=200               # problems of the final evaluation; paper: 500
     problem_seed:int=2           # draws the problems
-    transfer:str='arithmetic'    # problems nobody learnt from, asked at the end; '' for none. Paper: GSM after MATH
+    transfer:str='arithmetic'    # problems that no agent learnt from, asked last; '' for none. Paper: GSM after MATH
     transfer_low:int=0           # smallest operand there
     n_transfer:int=100           # how many; paper: 100, then 1,000
     iterations:int=2             # L; paper: 1 in its Table 1, 5 in its figures
@@ -83,7 +83,7 @@ class MultiagentFT(Settings):
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #4d553775
 class Speakers(NamedTuple):
-    "Everybody in a debate."
+    "All agents of a debate."
     generators:Team
     critics:Team
     summarizer:Agent|None
@@ -129,7 +129,7 @@ class DebateArm(Arm):
 
 # %% ../nbs/api/21_multiagent_ft.ipynb #ec957554
 def _once(**changes): return lambda s: dict(iterations=1, **changes)
-# one model learns from everybody's examples, so passes over them are everybody's already
+# one model learns from all agents' examples, so passes over them are those of all agents already
 def _total(s): return dict(updates=s.updates*2*s.seats)
 def _by_epochs(s): return dict(iterations=1, updates=0, epochs=2.) # as the released code trains
 def _ids(s): return dict(iterations=1, unique_ids=s.unique_ids or '{kind}{seat}')

@@ -253,7 +253,7 @@ class Machine:
 
     @property
     def limits(self)->tuple[int,int]:
-        "Answers that vLLM writes and tokens that it reads at once, where nobody says otherwise (0.32's `LLM`)."
+        "Answers that vLLM writes and tokens that it reads at once, where nothing else is said (0.32's `LLM`)."
         return (1024, 16384) if self.memory >= 75e9 and 'A100' not in self.name.upper() else (256, 8192)
 
 # %% ../nbs/api/23_plan.ipynb #af8c0c9c
@@ -1200,7 +1200,7 @@ def assumptions(
     plan:Plan, # what it says about prompts
 )->list[str]: # a sentence each
     "What the numbers rest on."
-    answer = (f'{plan.answer_tokens} on average, as somebody said' if plan.answer_tokens
+    answer = (f'{plan.answer_tokens} on average, as was given' if plan.answer_tokens
               else 'all of its max_tokens: most are shorter')
     return [f'A question takes {plan.prompt_tokens} tokens with its template, an answer '
             f'{answer}; who answers others is shown their texts, and as many tokens again to '

@@ -639,7 +639,7 @@ class Run:
         say(f"{artifact.path.name} {'reused' if reused else f'''done in {log['wall_s']:.1f} s'''}")
 
     def arms(self, arms:list, seeds:list)->Iterable[tuple]: # an arm and a seed at a time
-        "Every arm under every seed; whoever watches is told which one is at work."
+        "Every arm under every seed; a watching process is told which one is at work."
         for seed in seeds:
             for arm in arms:
                 self.tell(arm=arm.name, seed=seed)
@@ -647,7 +647,7 @@ class Run:
         self.tell(arm='', seed=0)
 
     def tell(self, **what):
-        "Where the run is, for whoever watches it: a line of JSON in the file that `MAPO_PROGRESS` names."
+        "Where the run is, for a process that watches it: a line of JSON in the file that `MAPO_PROGRESS` names."
         if 'MAPO_PROGRESS' not in os.environ: return
         with open(os.environ['MAPO_PROGRESS'], 'a', encoding='utf-8') as f: print(json.dumps(what), file=f)
 
@@ -668,7 +668,7 @@ class Run:
         write_json(self.folder/'state.json', without_secrets(about))
 
     def record(self)->dict:
-        "Write and return what this run was, for `mapo runs` and for whoever wants to repeat it."
+        "Write and return what this run was, for `mapo runs` and to repeat it."
         stages = pd.DataFrame(self.stages, columns=['stage', 'key', 'source', 'reused', 'cpu_s', 'wall_s'])
         code = stages.groupby('stage').source.agg(lambda found: sorted(set(found))).to_dict()
         record = dict(id=self.id, name=self.name, parameters=self.parameters, command=self.command, **provenance(),

@@ -209,7 +209,7 @@ def sample_turns(
 def contexts_of(
     asks:list[Ask], # whose contexts are wanted
 )->pd.DataFrame: # `context_id`, `messages`
-    "Each context that is shown to somebody, once."
+    "Each context that is shown to an agent, once."
     return pd.DataFrame({a.context_id: list(a.messages) for a in asks}.items(), columns=CONTEXT_COLUMNS)
 
 # %% ../nbs/api/04_sampling.ipynb #3d87dde9
@@ -256,7 +256,7 @@ def conversation(
     "Everything that was said about a problem, in the order in which it was said."
     own = turns[turns['problem_id'] == problem_id].sort_values(
         ['round', 'seat', 'role', 'sample'], ascending=[True, True, False, True], kind='stable')
-    if own.empty: raise KeyError(f'nobody spoke about problem {problem_id!r} in these {len(turns)} turns')
+    if own.empty: raise KeyError(f'no turn is about problem {problem_id!r} in these {len(turns)} turns')
     asked = contexts.loc[contexts['context_id'] == own.iloc[0].context_id, 'messages'].iloc[0][-1]['content']
     remark = lambda t: ', '.join(filter(None, [f'round {t.round}', '' if t.finish_reason == 'stop' else 'cut off',
                                                (notes or {}).get(t.turn_id, '')]))
@@ -409,7 +409,7 @@ def ask_summaries(
     contexts:pd.DataFrame, # so far
     turns:pd.DataFrame,    # so far
     problems:pd.DataFrame, # for the questions
-    summarizer:Agent,      # sums up for everybody
+    summarizer:Agent,      # sums up for every seat
     round:int,             # the round of those who will read the summaries, 1 or more
     seed:int=0,            # of the run
 )->list[Ask]: # one for each seat and problem, unless the seat is alone
@@ -445,7 +445,7 @@ def debate(
     generators:Team,       # who answers first, one for each seat
     critics:Team,          # who speaks for each seat in later rounds
     summarizer:Agent,      # sums up the others' answers; None pastes them
-    rounds:int,            # M, 1 or more; with 1 nobody sees anything
+    rounds:int,            # M, 1 or more; with 1 no agent sees another's answer
     engines:Engines,       # or any function from a model to its engine
     sampling:Sampling,     # how
     purpose:str,           # 'train', 'evaluate', ...

@@ -63,7 +63,7 @@ def make_tokenizer(): # a `transformers.PreTrainedTokenizerFast`
 # %% ../nbs/api/16_tiny.ipynb #2d583a5e
 @dataclass(frozen=True)
 class Habits:
-    "What somebody gets wrong, and how often."
+    "What an agent gets wrong, and how often."
     products:dict=field(default_factory=dict) # (a, b): (how often, the wrong product)
     borrows:dict=field(default_factory=dict)  # (digit, larger one taken from it): how often the smaller from the larger
     carries:dict=field(default_factory=dict)  # two digits that make ten or more: how often the carried one is forgotten
@@ -243,8 +243,8 @@ def chat(
 def _reply(operands, own, others, habits, r, clean):
     mood = r.random()
     if not clean and mood < .4: return solve(operands, habits, r)
-    everybody = [own, *others]
-    agreeing = [s for s in everybody if sum(o[-1] == s[-1] for o in everybody) > 1]
+    shown = [own, *others]
+    agreeing = [s for s in shown if sum(o[-1] == s[-1] for o in shown) > 1]
     return agreeing[0] if agreeing and (clean or mood < .7) else own
 
 # %% ../nbs/api/16_tiny.ipynb #1aee1843
