@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'COSTS', 'OTHER_SIDES', 'Settings', 'documented', 'settings_table', 'Arm', 'Fit', 'Step', 'fit',
-           'check_fits', 'begins_with', 'evaluated', 'Experiment', 'show_source', 'Planned', 'Rehearsal', 'cast',
-           'check_cast', 'compute', 'rehearse', 'experiment', 'told_apart', 'checkable', 'rows', 'agents_apart',
-           'after_debate', 'costs', 'inference', 'opinions', 'disagreements', 'gathered', 'training_curves', 'manifest',
-           'drawable', 'provenance_of', 'seeds_vary', 'write_record', 'rates']
+           'check_fits', 'Heard', 'online', 'begins_with', 'evaluated', 'Experiment', 'show_source', 'Planned',
+           'Rehearsal', 'cast', 'check_cast', 'compute', 'rehearse', 'experiment', 'told_apart', 'checkable', 'rows',
+           'agents_apart', 'after_debate', 'costs', 'inference', 'opinions', 'disagreements', 'gathered',
+           'training_curves', 'manifest', 'drawable', 'provenance_of', 'seeds_vary', 'write_record', 'rates']
 
 # %% ../nbs/api/19_experiment.ipynb #5e59178e
 import ast, difflib, inspect, textwrap
@@ -15,17 +15,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from .evaluation import accuracy, compact
-from .agents import CHECKPOINTS, Model, Sampling
-from .methods import Compute, make_problems, train
+from .agents import CHECKPOINTS, Model, Sampling, Team
+from .methods import Compute, draw_problems, make_problems, train, trained
 from .objectives import Objective
-from .pairs import Built
+from .pairs import Built, own_turns
 from .record import save_record, save_tables
 from .tables import arm_label, know_arms
-from .rewards import answering, second_opinions
+from .rewards import Grouping, answering, second_opinions
 from .runs import Artifact, Run, check_inputs, key_of, scored, write_json
 from .tiny import FORM, make_agent
 
@@ -192,11 +193,13 @@ def fit(
     init:Model,     # the model that training starts from
     data:Artifact,  # what it learns from
     reference:Model=None, # what the objective is held to, where it is; None for `init`
+    sampler:Model=None,   # who sampled the answers, where the objective asks; None for `init`
 )->Fit:
     "Train a model on what was chosen for it, if that is anything."
     found = Fit(learner, type(objective).__name__.lower(), data)
     if found.reason: return found
-    held = dict(reference=reference or init) if objective.reference else {}
+    named = dict(reference=reference or init, sampler=sampler or init)
+    held = {whose: model for whose, model in named.items() if getattr(objective, whose)}
     return replace(found, training=run.stage(train, init=init, data=data, objective=objective, **held, **s.launching()))
 
 def check_fits(
@@ -205,6 +208,48 @@ def check_fits(
 ):
     "An experiment in which no agent has anything to learn ends with the reason."
     if fits and not any(f.training for f in fits): raise ValueError(f'{arm.name}: {fits[0].reason}')
+
+# %% ../nbs/api/19_experiment.ipynb #51ef2e60
+class Heard(NamedTuple):
+    "One iteration of online learning."
+    team:Team      # after its updates
+    turns:Artifact # what the team before it said
+    scores:tuple   # what that was worth
+    fits:tuple     # what was learnt from it: a `Fit` per model
+
+def online(
+    run:Run,            # keeps every part
+    s:Settings,         # where models learn
+    team:Team,          # at the beginning
+    problems:Artifact,  # of one split
+    answer:Callable,    # (team, problems, iteration) -> the artifacts of turns, and a tuple of those of scores
+    objective:Objective, # what is minimised, and how: `GRPO`, or another that reads `advantage`
+    iterations:int,     # how often
+    n:int,              # problems in each
+    grouping:Grouping=Grouping(), # which turns are compared
+    seed:int=0,         # of the draw of problems
+    shared:bool=False,  # agents that begin as the same model stay so
+)->list[Heard]: # iteration by iteration
+    "Answer a few problems, learn from the answers, and go on with what became of the team."
+    first,found,learners = team,[],_learners(team, shared)
+    for i in range(1, iterations+1):
+        few = run.stage(draw_problems, problems=problems, n=n, draw=i-1, seed=seed)
+        turns,scores = answer(team, few, i)
+        fits = []
+        for names in learners:
+            data = run.stage(own_turns, turns=(turns, *scores), contexts=turns, grouping=grouping,
+                             agent=names[0] if len(names) == 1 else names)
+            fits.append(fit(run, s, ' and '.join(names), objective, team[names[0]].model, data, first[names[0]].model))
+        learnt = {name: f.training for names, f in zip(learners, fits) if f.training for name in names}
+        team = team.with_models({name: trained(team[name].model, t, s.lora_rank > 0) for name, t in learnt.items()})
+        found.append(Heard(team, turns, scores, tuple(fits)))
+    return found
+
+def _learners(team, shared): # the names of those who learn together
+    if not shared: return [(a.name,) for a in team]
+    same = {}
+    for a in team: same.setdefault(a.model, []).append(a.name)
+    return [*map(tuple, same.values())]
 
 # %% ../nbs/api/19_experiment.ipynb #58e91c31
 def begins_with(

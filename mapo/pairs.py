@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'EMPTY', 'RIGHT', 'MESSAGES', 'CRITIC_TURNS', 'Selection', 'Built', 'keep', 'ledger', 'hash_texts', 'hashed',
            'distinct', 'winners', 'losers', 'own_contexts', 'cross', 'take_texts', 'hybrid_pairs', 'own_pairs',
            'pooled_pairs', 'bare_questions', 'reward_pairs', 'teach', 'hybrid_positives', 'own_positives', 'as_sampled',
-           'with_mistakes', 'corrected_and_kept', 'label_values', 'value_turns', 'to_arrow']
+           'with_mistakes', 'corrected_and_kept', 'label_values', 'value_turns', 'own_turns', 'to_arrow']
 
 # %% ../nbs/api/07_pairs.ipynb #af15d638
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .rewards import (answering, bare_question, check_turns, problem_facts, propagate, score_rows,
-                          seeded_draw)
+from .rewards import (Grouping, advantages, answering, bare_question, check_turns, problem_facts, propagate,
+                          score_rows, seeded_draw)
 from .sampling import PER_TOKEN
 
 # %% ../nbs/api/07_pairs.ipynb #bda8bad1
@@ -556,6 +556,52 @@ def value_turns(
     valued = label_values(propagate(turns, last), threshold, gap)
     rows = [score_rows(valued, name, 'tree-1', value=valued[name]) for name in ('value', 'positive')]
     return pd.concat(rows, ignore_index=True)
+
+# %% ../nbs/api/07_pairs.ipynb #3167b59e
+def own_turns(
+    turns:pd.DataFrame,    # scored turns of the whole team
+    contexts:pd.DataFrame, # the contexts they answered
+    agent:str|tuple,       # who is to learn; the names of several agents that share a model
+    grouping:Grouping=Grouping(),
+)->Built: # rows `prompt, completion, advantage`, in the order of the turns
+    "An agent's own turns, each with its advantage (GRPO, RLOO, Dr. GRPO, DAPO, Dr. MAS)."
+    check_turns(turns, 'text', 'finish_reason')
+    learners = [agent] if isinstance(agent, str) else [*agent]
+    for name in learners: _check_agent(turns, name)
+    valued,fates = advantages(turns, grouping),{}
+    rows = valued.drop(columns=['text', *PER_TOKEN], errors='ignore').assign(row=np.arange(len(turns)))
+    rows = keep(rows, rows['agent'].isin(learners), "another agent's", fates)
+    rows = keep(rows, answering(rows), 'a summary', fates)
+    rows = keep(rows, rows[grouping.score].notna(), 'not scored', fates)
+    groups = _fates_of_groups(rows, grouping)
+    rows = keep(rows, rows['group_size'] > 1, 'in a group of one', fates)
+    if not grouping.alike: rows = keep(rows, rows['group_spread'] > 0, 'in a group without a difference', fates)
+    if not grouping.cut_off: rows = keep(rows, rows['finish_reason'] == 'stop', 'cut off', fates)
+    learnt = _fates_of_learnt(turns, rows)
+    counts = pd.concat([ledger('groups', groups), ledger('turns', fates | learnt)], ignore_index=True)
+    return Built(_table(_advantaged(turns, rows, contexts)), _of_agent(counts, ' and '.join(learners)))
+
+# %% ../nbs/api/07_pairs.ipynb #3adfbec9
+def _fates_of_groups(rows, grouping): # how many there are of each kind
+    key = [grouping.by, *(['agent'] if grouping.whose == 'agent' else [])]
+    first = rows.drop_duplicates(key)
+    lone,alike = first['group_size'] < 2,first['group_spread'] == 0
+    right = first[grouping.score] > RIGHT
+    kinds = {'of one': lone, 'all right': alike & right, 'all wrong': alike}
+    fate = np.select([k.to_numpy() for k in kinds.values()], [*kinds], 'compared')
+    return {name: int((fate == name).sum()) for name in [*kinds, 'compared']}
+
+def _fates_of_learnt(turns, rows): # each once
+    cut,empty = rows['finish_reason'] != 'stop',hash_texts(turns['text'].iloc[rows['row']]) == EMPTY
+    found = {'learnt, cut off': cut, 'learnt, without a text': empty & ~cut, 'learnt': ~cut & ~empty}
+    return {fate: int(some.sum()) for fate, some in found.items()}
+
+# %% ../nbs/api/07_pairs.ipynb #ca311200
+def _advantaged(turns, rows, contexts): # the columns of the table
+    return dict(prompt=_prompts(rows['context_id'], contexts), completion=_answers(turns, rows),
+                advantage=rows['advantage'], problem_id=rows['problem_id'], agent=rows['agent'],
+                context_id=rows['context_id'], turn_id=rows['turn_id'], source_agent=rows['agent'],
+                source_model=rows['model_key'], completion_finish=rows['finish_reason'], **_sampled(turns, rows))
 
 # %% ../nbs/api/07_pairs.ipynb #def11bc3
 def to_arrow(

@@ -472,13 +472,14 @@ class Learning:
     texts:int=1         # of a row: a pair has two
     length:int=1        # tokens of a text with its prompt, on average
     longest:int=1       # ... at most
-    reference:int=0     # texts that a reference reads before
+    reference:int=0     # texts that are read before
     lora_rank:int=0     # 0 trains all weights
     quantized:bool=False # the frozen base in 4 bits
     launch:str=''       # 'ddp', 'fsdp' or 'zero3'
     processes:int=1     # one per GPU
     gradient_checkpointing:bool=False # computes layers again instead of keeping them
     adaptable:bool=True # may train an adapter; a reward model may not
+    readers:int=1       # models that read these texts before: a reference, the one that sampled them
 
     @property
     def gpus(self): return self.processes if self.launch else 1
@@ -514,9 +515,10 @@ class Learning:
         tokens = self.updates*self.batch_size*self.texts*self.length
         learnt = tokens*passes*flops/(self.gpus*on.flops*on.reached(TRAINING))
         python = 3*self.updates*math.ceil(self.batch_size/self.gpus/self.rows)*on.layer*self.size.layers
-        read = self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
+        readers = self.readers if self.reference else 0
+        read = readers*self.reference*self.length*flops/(on.flops*on.reached(PREFILL))
         opening = on.start + number_bytes(self.dtype)*self.size.parameters/DISK
-        return (2 if self.reference else 1)*opening + max(learnt, python) + read
+        return (1 + readers)*opening + max(learnt, python) + read
 
     def wrong(self, on:Machine)->str: # '' where nothing is
         "What no memory would mend."
@@ -561,7 +563,8 @@ def _first(value): return value[0] if isinstance(value, tuple) else value # the 
 
 def _split(stage): # that a stage samples, or whose turns it is about
     filtered = dict(stage.inputs['problems'].filter) if 'problems' in stage.inputs else {}
-    return filtered['split'] if 'split' in filtered else _split(_first(stage.inputs['turns']))
+    if 'split' in filtered: return filtered['split']
+    return _split(_first(stage.inputs['turns']) if 'turns' in stage.inputs else stage.inputs['problems'])
 
 # %% ../nbs/api/23_plan.ipynb #1a675b2f
 BENCHMARKS = { # problems
@@ -763,6 +766,7 @@ def lesson(
     said = asked(turns, plan, turns.inputs['sampling'].max_tokens)
     problems = count_problems(turns.inputs['problems'].inputs, _split(turns))
     if data.stage == 'debate_examples': return _own_turns(i, turns, problems)
+    if data.stage == 'own_turns': return _every_turn(i, said)
     own,selection = i.get('agent', ''),i['selection']
     who = (own,) if data.stage.startswith('own') else _team_of(turns)
     contexts = problems if selection.by == 'problem_id' else next(a.requests for a in said if own in a.agents)
@@ -785,6 +789,11 @@ def _own_turns(i, turns, problems): # a generator's first answer, a critic's las
     rows = problems*sum(1 if a in _names(turns.inputs['generators']) else per for a in i['agents'])
     return Lesson(i['agents'], rows, rows)
 
+def _every_turn(i, said): # of the agents that learn; at most, since groups without a difference are left out
+    own = (i['agent'],) if isinstance(i['agent'], str) else tuple(i['agent'])
+    rows = sum(a.answers*len({*own} & {*a.agents})//len(a.agents) for a in said)
+    return Lesson(own, rows, rows)
+
 # rows and texts of a context with `n` answers, `mine` of which may be the wrong ones
 def _chosen(n, mine, selection, paired):
     if not paired: return (min(n, selection.n_positives or n),)*2
@@ -802,11 +811,12 @@ def training_rows(
     source,learnt = _first(i['data'].inputs['turns']),lesson(i['data'], plan)
     updates,longest = o.updates or math.ceil(o.epochs*learnt.rows/o.batch_size),source.inputs['sampling'].max_tokens
     widest,length = (_row_length(source, plan, learnt, o, said) for said in (longest, plan.answer(longest)))
+    readers = bool(o.reference) + bool(o.sampler)
     work = Learning(plan.sizes(model), model.dtype if o.lora_rank else 'float32', updates, o.batch_size,
                     o.micro_batch_size,
-                    len(o.answers), length, widest, learnt.texts if o.reference else 0, o.lora_rank, o.quantized,
+                    len(o.answers), length, widest, learnt.texts if readers else 0, o.lora_rank, o.quantized,
                     launch=i['launch'].strategy, processes=i['launch'].processes,
-                    gradient_checkpointing=o.gradient_checkpointing, adaptable=o.causal)
+                    gradient_checkpointing=o.gradient_checkpointing, adaptable=o.causal, readers=readers)
     memory = training_memory(work.size, work.dtype, (work.micro_batch_size or work.batch_size)*work.texts*widest,
                              work.lora_rank)
     kind = type(o).__name__

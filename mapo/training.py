@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'check_launch', 'check_template', 'pair_tokens', 'example_tokens', 'objective_tokens', 'row_order',
-           'update_count', 'log_probabilities', 'reference_log_probabilities', 'seal_checkpoint', 'sealed_checkpoint',
-           'sequence_nll', 'PairTrainer', 'AfterThoughts', 'ExampleTrainer', 'ScoreTrainer', 'LossTrainer', 'Trained',
-           'run_job', 'train', 'reward_tokens']
+           'update_count', 'log_probabilities', 'token_log_probabilities', 'reference_log_probabilities',
+           'seal_checkpoint', 'sealed_checkpoint', 'sequence_nll', 'PairTrainer', 'AfterThoughts', 'ExampleTrainer',
+           'ScoreTrainer', 'LossTrainer', 'Trained', 'run_job', 'train', 'reward_tokens']
 
 # %% ../nbs/api/09_training.ipynb #ad033542
 import bisect, builtins, hashlib, importlib, json, logging, math, os, re, resource, shutil
@@ -32,7 +32,7 @@ from .agents import Model, model_key
 from .engines import (Chat, conversation_ids, device_for, give_back_memory, is_reward_model, load_chat, load_model,
                           load_reward_model, load_tokenizer, new_reward_model, plan_batches, save_model,
                           template_faults, _weights, _with_adapter)
-from .objectives import DPO, SFT, Batch, Launch, Objective, Reward
+from .objectives import DPO, SFT, Batch, Launch, Objective, Reward, Tokens
 
 # %% ../nbs/api/09_training.ipynb #67a1d84b
 LAUNCH = Path(str(files('mapo')/'launch')) # accelerate's configurations, and what each process runs
@@ -119,9 +119,16 @@ def _thought_tokens(chat, ids): # how many tokens at the beginning were thought,
     if (found[-1][1] if found else chat.opened): return len(ids)
     return bisect.bisect_left(range(len(ids)+1), len(found), key=lambda n: len(marks(n)))
 
+# %% ../nbs/api/09_training.ipynb #b8cc9248
+def _numbers(frame, column, what): # that a loss reads
+    values = pd.to_numeric(frame[column], errors='coerce').astype(float)
+    for i in np.flatnonzero(~np.isfinite(values))[:1]:
+        raise ValueError(f'row {i} of the {what}: {column!r} must be a number, not {frame[column].tolist()[i]!r}')
+    return values
+
 # %% ../nbs/api/09_training.ipynb #6039169c
-def _tokenize(tokenizer, rows, answers, what, max_length, sampled, thoughts):
-    chat,frame = Chat.of(tokenizer),_frame(rows, ['prompt', *answers], what)
+def _tokenize(tokenizer, rows, answers, what, max_length, sampled, thoughts, numbers=()):
+    chat,frame = Chat.of(tokenizer),_frame(rows, ['prompt', *answers, *numbers], what)
     prompts = _messages(frame, 'prompt', what)
     columns,read = {'prompt_ids': chat.prompts(prompts)},pd.Series(False, frame.index)
     for name in answers:
@@ -130,6 +137,7 @@ def _tokenize(tokenizer, rows, answers, what, max_length, sampled, thoughts):
             columns[f'{name}_thought'] = [ids and _thought_tokens(chat, ids) or 0 for ids in columns[f'{name}_ids']]
         read |= text
     if 'weight' in frame and (frame['weight'] != 1).any(): columns['weight'] = frame['weight'].astype(float)
+    columns |= {name: _numbers(frame, name, what) for name in numbers}
     tokens = pd.DataFrame(columns)
     used,counts = _usable(tokens, [f'{name}_ids' for name in answers], max_length, set(chat.end_tokens))
     counts |= dict(from_text=int(read[used.index].sum()))
@@ -179,11 +187,11 @@ def objective_tokens(
     tokenizer:transformers.PreTrainedTokenizerBase|Chat, # passed `check_template`
     rows:pd.DataFrame|datasets.Dataset, # `prompt` and the objective's answers as messages; perhaps `weight`, and tokens
     objective:Objective,
-)->tuple[pd.DataFrame,dict]: # `prompt_ids` and a column of ids for each answer, indexed by the row's number; the counts
+)->tuple[pd.DataFrame,dict]: # `prompt_ids`, ids of each answer, the objective's columns, by row number; the counts
     "The token ids of an objective's rows, and how many were left out and why."
     what = dict(completion='examples', chosen='pairs').get(objective.answers[0], 'rows')
     return _tokenize(tokenizer, rows, [*objective.answers], what, objective.max_length, objective.sampled,
-                     objective.thoughts)
+                     objective.thoughts, objective.columns)
 
 # %% ../nbs/api/09_training.ipynb #9d18a54e
 def row_order(
@@ -218,15 +226,20 @@ def log_probabilities(
     contexts:list[list[int]],         # token ids
     answers:list[list[int]],          # token ids, one list per context
     token_budget:int=16384,           # tokens of one forward pass, padding included
+    temperature:float=1.,             # that logits are divided by
 )->np.ndarray: # (sequences,) natural logarithms, float64
     "log p(answer | context), summed over the answer's tokens."
-    add_fused_lm_head(net.get_base_model() if hasattr(net, 'peft_config') else net)
     sums = np.empty(len(contexts))
-    for batch in plan_batches([len(c)+len(a) for c, a in zip(contexts, answers)], 0, token_budget):
-        sums[batch] = _batch_log_probabilities(net, [contexts[i] for i in batch], [answers[i] for i in batch])
+    for batch, logps in _read(net, contexts, answers, token_budget, temperature):
+        sums[batch] = logps.sum(1).double().cpu().numpy()
     return sums
 
 # %% ../nbs/api/09_training.ipynb #7070c92b
+def _read(net, contexts, answers, token_budget, temperature): # batch by batch: which ones, and (rows, positions)
+    add_fused_lm_head(net.get_base_model() if hasattr(net, 'peft_config') else net, temperature)
+    for batch in plan_batches([len(c)+len(a) for c, a in zip(contexts, answers)], 0, token_budget):
+        yield batch, _batch_log_probabilities(net, [contexts[i] for i in batch], [answers[i] for i in batch])
+
 def _batch_log_probabilities(net, contexts, answers):
     width,device = max(len(c)+len(a) for c, a in zip(contexts, answers)),net.device
     padded = lambda rows, fill: torch.tensor([r+[fill]*(width-len(r)) for r in rows], device=device)
@@ -234,8 +247,22 @@ def _batch_log_probabilities(net, contexts, answers):
     mask = padded([[1]*(len(c)+len(a)) for c, a in zip(contexts, answers)], 0)
     labels = padded([[-100]*len(c)+a for c, a in zip(contexts, answers)], -100)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=_bf16(device)):
-        out = net(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
-    return out.log_probs.sum(1).double().cpu().numpy()
+        return net(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+
+# %% ../nbs/api/09_training.ipynb #58c0c6b7
+@torch.inference_mode()
+def token_log_probabilities(
+    net:transformers.PreTrainedModel, # whose forward pass gets TRL's fused head
+    contexts:list[list[int]],         # token ids
+    answers:list[list[int]],          # token ids, one list per context
+    token_budget:int=16384,           # tokens of one forward pass, padding included
+    temperature:float=1.,             # that logits are divided by
+)->list[list[float]]: # natural logarithms, one per token of each answer
+    "log p(token | everything before it)."
+    found = [None]*len(contexts)
+    for batch, logps in _read(net, contexts, answers, token_budget, temperature):
+        for i, row in zip(batch, logps.cpu()): found[i] = row[len(contexts[i])-1:][:len(answers[i])].tolist()
+    return found
 
 # %% ../nbs/api/09_training.ipynb #bacf2a6c
 def _pair_keys(tokens): # of rows, whatever their answers are called
@@ -245,7 +272,7 @@ def _pair_keys(tokens): # of rows, whatever their answers are called
 
 # %% ../nbs/api/09_training.ipynb #15e86eb3
 def reference_log_probabilities(
-    reference:Model, # the model that the objective is held to
+    reference:Model, # the model that the objective is held to, or the one that sampled
     rows:pd.DataFrame|datasets.Dataset, # `prompt` and the objective's answers, as messages
     objective:Objective, # whose columns, `max_length` and number format count
 )->pd.DataFrame: # `pair_key`; `chosen_logp`, `rejected_logp` (natural logarithms); `reference` (its model_key)
@@ -256,10 +283,16 @@ def reference_log_probabilities(
         tokens,_ = objective_tokens(chat, rows, objective)
         asked = {name: _context_and_answer(tokens, name) for name in objective.answers}
         distinct = list(dict.fromkeys(pair for pairs in zip(*asked.values()) for pair in pairs))
-        logps = log_probabilities(net, [list(c) for c, _ in distinct], [list(a) for _, a in distinct])
-        sums = dict(zip(distinct, logps))
-    columns = {f'{name}_logp': [sums[pair] for pair in pairs] for name, pairs in asked.items()}
+        shown = [list(c) for c, _ in distinct],[list(a) for _, a in distinct]
+        read = token_log_probabilities if objective.per_token else log_probabilities
+        found = dict(zip(distinct, read(net, *shown, temperature=objective.temperature)))
+    columns = {f'{name}_logp': [found[pair] for pair in pairs] for name, pairs in asked.items()}
+    if objective.per_token: columns = _with_sums(columns)
     return pd.DataFrame(dict(pair_key=_pair_keys(tokens), **columns, reference=model_key(reference)))
+
+def _with_sums(columns): # `chosen_logp` sums up `chosen_logps`, which has a list per row
+    sums = {name: [sum(row) for row in rows] for name, rows in columns.items()}
+    return sums | {f'{name}s': rows for name, rows in columns.items()}
 
 def _context_and_answer(tokens, name): # row by row; thoughts that are not learnt belong to the context
     thoughts = tokens[f'{name}_thought'] if f'{name}_thought' in tokens else [0]*len(tokens)
@@ -267,14 +300,26 @@ def _context_and_answer(tokens, name): # row by row; thoughts that are not learn
     return [(tuple(prompt+ids[:n]), tuple(ids[n:])) for prompt, ids, n in rows]
 
 # %% ../nbs/api/09_training.ipynb #97944e21
-def _with_reference(tokens, table, objective):
+_HELD = dict(reference='ref', sampler='sampler') # whose log-probabilities, and what begins the names of their columns
+
+def _with_held(tokens, table, objective, whose): # in columns such as `ref_chosen_logps`; token by token in `..._each`
+    absent = [c for c in _held_columns(objective).values() if c not in table]
+    if absent: raise ValueError(f'the {whose} log-probabilities have no column {absent[0]!r}: compute them with '
+                                f'reference_log_probabilities and this objective, {type(objective).__name__}')
     known = table.drop_duplicates('pair_key').set_index('pair_key').reindex(_pair_keys(tokens))
     lost = known[f'{objective.answers[0]}_logp'].isna().to_numpy().nonzero()[0].tolist()
     if lost: raise ValueError(
-        f'the reference log-probabilities hold nothing for {len(lost)} of {len(tokens)} rows, first for row '
+        f'the {whose} log-probabilities hold nothing for {len(lost)} of {len(tokens)} rows, first for row '
         f'{tokens.index[lost[0]]}: '
         'compute them with reference_log_probabilities from these rows and settings')
-    return tokens.assign(**{f'ref_{name}_logps': known[f'{name}_logp'].to_list() for name in objective.answers})
+    return tokens.assign(**{f'{_HELD[whose]}_{name}': _lists(known[c]) for name, c in _held_columns(objective).items()})
+
+def _held_columns(objective): # of a batch's columns, and of the table that they come from
+    sums = {f'{name}_logps': f'{name}_logp' for name in objective.answers}
+    return sums | ({f'{name}_each': f'{name}_logps' for name in objective.answers} if objective.per_token else {})
+
+def _lists(column): # as Python's, whether they were just made or read from Parquet
+    return [value.tolist() if isinstance(value, np.ndarray) else value for value in column.to_list()]
 
 # %% ../nbs/api/09_training.ipynb #2fe01a69
 @contextmanager
@@ -408,30 +453,63 @@ class ScoreTrainer(_Recorded, RewardTrainer):
 # %% ../nbs/api/09_training.ipynb #2b3e1b7f
 class LossTrainer(_Recorded, transformers.Trainer):
     "Minimises an objective's own loss."
-    objective,tokens = None,0
+    objective,tokens,seen = None,0,()
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        "The passes of an update, each with the mean length of the answers of all of them, in all processes."
+        passes,items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = [self._apart((p['labels'] != -100).sum(1), p['weight']) for p in passes]
+        for name in self.objective.answers if passes else ():
+            lengths = torch.cat([(n[name]*p['weight']).to(device) for n, p in zip(counted, passes)])
+            mean = self.accelerator.gather(lengths).mean()
+            for p in passes: p.setdefault('mean_length', {})[name] = mean
+        return passes, items
+
+    def _apart(self, values, weight): # the answers of each column, of a tensor in which they stand below each other
+        return dict(zip(self.objective.answers, values.split(len(weight))))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weight,held = inputs.pop('weight'),inputs.pop('reference', None)
+        given = {name: inputs.pop(name, {}) for name in ('weight', 'columns', 'mean_length', 'held', 'each')}
         out = model(**inputs, use_cache=False, fused_lm_head=True)
-        apart = lambda values: dict(zip(self.objective.answers, values.split(len(weight))))
-        batch = Batch(apart(out.log_probs.sum(1)), apart(held) if held is not None else {},
-                      apart((inputs['labels'] != -100).sum(1)), weight)
         self.tokens += int(inputs['attention_mask'].sum())
-        self.seen = {f'logps/{name}': values.detach().mean().item() for name, values in batch.logp.items()}
+        batch = self._batch(out, inputs['labels'], **given)
         loss = self.objective.loss(batch)
         if loss.ndim:
             raise ValueError(f'{type(self.objective).__name__}.loss returned {len(loss)} numbers: return their mean')
+        with torch.no_grad(): said = {_OWN + name: value for name, value in self.objective.report(batch).items()}
+        said |= {f'logps/{name}': values.detach().mean().item() for name, values in batch.logp.items()}
+        self.seen = [*self.seen, said]
         return loss
 
+    def _batch(self, out, labels, weight, columns, mean_length, held, each):
+        apart = lambda values: self._apart(values, weight)
+        sums = {whose: apart(values) for whose, values in held.items()}
+        tokens = {name: {} for name in self.objective.answers}
+        seen = dict(mask=labels[:, 1:] != -100, logp=out.log_probs, entropy=out.entropy) | each
+        for what, values in seen.items() if self.objective.per_token else ():
+            for name, own in apart(values).items(): tokens[name][what] = own
+        return Batch(apart(out.log_probs.sum(1)), sums.get('reference', {}), apart((labels != -100).sum(1)), weight,
+                     sums.get('sampler', {}), columns,
+                     {name: Tokens(**own) for name, own in tokens.items() if own}, mean_length)
+
     def log(self, logs, start_time=None):
-        if 'loss' in logs: logs |= dict(num_tokens=self.tokens) | self.seen
+        if 'loss' in logs: logs |= dict(num_tokens=self.tokens) | self._said()
         super().log(logs, start_time)
+
+    def _said(self): # on average over the passes of an update, in all processes
+        names = [*self.seen[0]]
+        passes = torch.tensor([[said[name] for name in names] for said in self.seen], device=self.args.device)
+        self.seen = ()
+        return dict(zip(names, self.accelerator.gather(passes).mean(0).tolist()))
+
+_OWN = 'objective/' # begins the names of what an objective reports
 
 # %% ../nbs/api/09_training.ipynb #ae37357f
 @dataclass
 class _Stack: # rows to tensors: the answers of one column below those of the column before
     answers:tuple
     pad:int
+    columns:tuple=()
 
     def __call__(self, rows):
         pairs = [(row, name) for name in self.answers for row in rows]
@@ -442,8 +520,13 @@ class _Stack: # rows to tensors: the answers of one column below those of the co
         labels = [[-100]*n + ids[n:] for ids, n in zip(whole, start)]
         batch = dict(input_ids=padded(whole, self.pad), attention_mask=padded([[1]*len(ids) for ids in whole], 0),
                      labels=padded(labels, -100), weight=torch.tensor([row.get('weight', 1.) for row in rows]))
-        held = [row[f'ref_{name}_logps'] for row, name in pairs if f'ref_{name}_logps' in row]
-        return batch | (dict(reference=torch.tensor(held)) if held else {})
+        held = {whose: torch.tensor([row[f'{side}_{name}_logps'] for row, name in pairs])
+                for whose, side in _HELD.items() if f'{side}_{self.answers[0]}_logps' in rows[0]}
+        each = {whose: padded([[0.]*n + row[f'{side}_{name}_each'] for (row, name), n in zip(pairs, start)], 0.)[:, 1:]
+                for whose, side in _HELD.items() if f'{side}_{self.answers[0]}_each' in rows[0]}
+        columns = {name: torch.tensor([row[name] for row in rows]) for name in self.columns}
+        more = dict(held=held, each=each, columns=columns)
+        return batch | {name: values for name, values in more.items() if values}
 
 # %% ../nbs/api/09_training.ipynb #dc42297b
 def _arguments(kind, job, **extra):
@@ -555,7 +638,9 @@ _COLUMNS = {'step': 'step', 'loss': 'loss', 'nll': 'nll', 'accuracy': 'accuracy'
 
 def _log(history):
     log = pd.DataFrame([h for h in history if 'loss' in h])
-    return log[[c for c in _COLUMNS if c in log]].rename(columns=_COLUMNS)
+    own = {c: c.removeprefix(_OWN) for c in log if c.startswith(_OWN)}
+    names = {c: name for c, name in _COLUMNS.items() if c in log} | own
+    return log[[*names]].rename(columns=names)
 
 # %% ../nbs/api/09_training.ipynb #755cf5b7
 def _peak_memory(device):
@@ -676,7 +761,7 @@ def _importable(cls): # where other processes find it
 # %% ../nbs/api/09_training.ipynb #9eea4b2c
 def _read_job(folder):
     said,tokens = json.loads((folder/'job.json').read_text()),pd.read_parquet(folder/'tokens.parquet')
-    tokens = tokens.assign(**{name: [ids.tolist() for ids in tokens[name]] for name in tokens if name.endswith('_ids')})
+    tokens = tokens.assign(**{name: _lists(tokens[name]) for name in tokens if name.endswith(('_ids', '_each'))})
     module,name = said.pop('kind')
     settings = getattr(importlib.import_module(module), name)(**said['settings'])
     parent = said.pop('parent')
@@ -814,24 +899,33 @@ def train(
     checkpoint_every:int=0, # updates between checkpoints to resume from; 0 for none
     progress:bool=True,     # a bar when it takes over two seconds
     launch:Launch=Launch(), # in which processes
+    sampler:Model|pd.DataFrame=None, # who sampled the answers, if the objective asks: as for `reference`
 )->Trained: # model, log, counts, cost
     "Train `init` by any objective."
-    if objective.reference and reference is None: raise ValueError(
-        f'{type(objective).__name__} is held to a reference: name a model, or its reference_log_probabilities')
+    held = dict(reference=reference, sampler=sampler)
+    _check_held(objective, held)
     _check_loss(objective, rows)
     with _quiet():
         check_launch(launch, objective)
         chat = _teachable(init, objective)
         make = objective_tokens if objective.causal else reward_tokens
         tokens,counts = make(chat, rows, objective)
-        cached = isinstance(reference, pd.DataFrame)
-        if cached: tokens,reference = _with_reference(tokens, reference, objective),None
-        inputs = _inputs(objective, [init, *([reference] if reference else [])], tokens, launch)
-        if reference and (launch.strategy or _general(objective, tokens)): # a table serves all processes, and any loss
-            tokens = _with_reference(tokens, reference_log_probabilities(reference, rows, objective), objective)
-            reference = None
-        job = _Job(init, objective, tokens, counts, inputs, Path(folder), checkpoint_every, launch, reference)
+        for whose, table in held.items():
+            if isinstance(table, pd.DataFrame): tokens = _with_held(tokens, table, objective, whose)
+        models = {whose: model for whose, model in held.items() if isinstance(model, Model)}
+        inputs = _inputs(objective, [init, *models.values()], tokens, launch)
+        tabled = models if launch.strategy or _general(objective, tokens) else {} # serves all processes, and any loss
+        for whose, model in tabled.items():
+            tokens = _with_held(tokens, reference_log_probabilities(model, rows, objective), objective, whose)
+        job = _Job(init, objective, tokens, counts, inputs, Path(folder), checkpoint_every, launch,
+                   None if tabled else models.get('reference'))
         return _train(job, progress)
+
+def _check_held(objective, held): # before anything is loaded
+    asked = dict(reference='is held to a reference', sampler='needs to know who sampled the answers')
+    for whose, why in asked.items():
+        if getattr(objective, whose) and held[whose] is None: raise ValueError(
+            f'{type(objective).__name__} {why}: name a model, or its reference_log_probabilities')
 
 def _check_loss(objective, rows): # before anything is loaded
     name = type(objective).__name__
@@ -880,9 +974,11 @@ def _held(reference, settings, tokenizer):
 def _loss_trainer(job):
     objective,args = job.settings,_arguments(SFTConfig, job)
     net,tokenizer = _trainable(job)
-    add_fused_lm_head(net.get_base_model() if hasattr(net, 'peft_config') else net)
+    wanted = ('log_probs', 'entropy') if objective.per_token else ('log_probs',)
+    add_fused_lm_head(net.get_base_model() if hasattr(net, 'peft_config') else net, objective.temperature,
+                      outputs=wanted)
     trainer = LossTrainer(net, args, train_dataset=_stream(job.tokens, objective), processing_class=tokenizer,
-                          data_collator=_Stack(objective.answers, tokenizer.pad_token_id))
+                          data_collator=_Stack(objective.answers, tokenizer.pad_token_id, objective.columns))
     trainer.objective,trainer.model_accepts_loss_kwargs = objective,False
     return trainer
 

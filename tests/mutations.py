@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation('Holm: steps the other way', 'intervals', 'np.arange(len(p), 0, -1)', 'np.arange(1, len(p) + 1)',
              'test_intervals.py'),
     Mutation('reference of a pair: the trained model', 'methods',
-             'reference_log_probabilities(reference, rows, objective)',
+             'reference_log_probabilities(model, rows, objective)',
              'reference_log_probabilities(init, rows, objective)', 'test_mars_po.py -k initial_reference'),
 ]
 

@@ -21,6 +21,7 @@ from mapo.runs import Run, StaleCode, code_behind, libraries_behind, own_hash, s
 # stage -> (a function that it calls through another one, a function that it never reaches)
 STAGES = {
     methods.make_problems: ('problems.split_problems', 'sampling.sample_alone'),
+    methods.draw_problems: ('rewards.seeded_draw', 'methods.benchmark'),
     sampling.sample_alone: ('sampling.plan_chunks', 'sampling.ask_critics'),
     sampling.debate: ('sampling._reply', 'sampling.ask_under'),
     sampling.sample_tree: ('sampling.plan_chunks', 'sampling.ask_critics'),
@@ -35,6 +36,7 @@ STAGES = {
     pairs.own_positives: ('pairs.teach', 'pairs.cross'),
     pairs.hybrid_positives: ('pairs.with_mistakes', 'pairs.cross'),
     pairs.own_pairs: ('pairs.cross', 'pairs.teach'),
+    pairs.own_turns: ('rewards.advantages', 'pairs.teach'),
     pairs.hybrid_pairs: ('pairs.winners', 'pairs.teach'),
     pairs.pooled_pairs: ('pairs.losers', 'pairs.teach'),
     pairs.reward_pairs: ('pairs.winners', 'pairs.own_contexts'),
