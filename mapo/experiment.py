@@ -6,7 +6,7 @@
 __all__ = ['PARAMETERS', 'COSTS', 'OTHER_SIDES', 'Settings', 'documented', 'settings_table', 'Arm', 'Fit', 'Step', 'fit',
            'check_fits', 'begins_with', 'Experiment', 'show_source', 'compute', 'experiment', 'told_apart', 'checkable',
            'rows', 'agents_apart', 'after_debate', 'costs', 'gathered', 'training_curves', 'manifest', 'drawable',
-           'provenance_of', 'seeds_vary', 'write_record', 'rates']
+           'provenance_of', 'seeds_vary', 'lineage', 'write_record', 'rates']
 
 # %% ../nbs/api/19_experiment.ipynb #5e59178e
 import ast, difflib, inspect, textwrap
@@ -23,7 +23,7 @@ from .objectives import Objective
 from .pairs import Built
 from .record import save_record, save_tables
 from .tables import arm_label, know_arms
-from .runs import Artifact, Run, scored, write_json
+from .runs import Artifact, Run, scored, without_secrets, write_json
 from .tiny import FORM, make_agent
 
 # %% ../nbs/api/19_experiment.ipynb #f1c66fab
@@ -155,6 +155,7 @@ class Fit:
     objective:str         # 'sft', 'dpo', 'reward', or the name of your own in small letters
     data:Artifact         # what it learns from
     training:Artifact|None=None # what became of it; None where there was nothing to learn
+    init:Model|None=None  # the model that it started from
 
     @property
     def reason(self)->str: # '' where there is something
@@ -191,7 +192,7 @@ def fit(
     reference:Model=None, # what the objective is held to, where it is; None for `init`
 )->Fit:
     "Train a model on what was chosen for it, if that is anything."
-    found = Fit(learner, type(objective).__name__.lower(), data)
+    found = Fit(learner, type(objective).__name__.lower(), data, init=init)
     if found.reason: return found
     held = dict(reference=reference or init) if objective.reference else {}
     return replace(found, training=run.stage(train, init=init, data=data, objective=objective, **held, **s.launching()))
@@ -483,6 +484,22 @@ def seeds_vary(
             else ', from the same first agents.')
     return 'Each seed samples, chooses and trains anew' + also
 
+# %% ../nbs/api/19_experiment.ipynb #5abf68cb
+def lineage(
+    run:Run,
+    steps:list, # of `compute`
+)->list[dict]: # a row per training: `arm, seed, iteration, learner, objective, init, adapter, data, training, turns, scores`
+    "Where each trained model comes from, and what it learnt from."
+    return [step.at() | dict(learner=f.learner, objective=f.objective, init=_inside(run, f.init.path),
+                             adapter=_inside(run, f.init.adapter), data=f.data.path.name, turns=step.turns.path.name,
+                             training=f.training.path.name if f.training else '',
+                             scores=[s.path.name for s in step.scores])
+            for step in steps for f in step.fits]
+
+def _inside(run, path): # relative to the run's stages, for what lies there
+    inside = path and Path(path).is_relative_to(run.artifacts)
+    return str(Path(path).relative_to(run.artifacts)) if inside else path
+
 # %% ../nbs/api/19_experiment.ipynb #255d070f
 def write_record(
     run:Run,
@@ -497,6 +514,7 @@ def write_record(
     save_record(folder, found_rows, costs(shown), manifest(run, e, s, shown))
     save_tables(folder, {'training.csv': training_curves(steps),
                          'counts.parquet': gathered(steps, 'counts')} | e.tables(run, s, steps, found))
+    write_json(run.folder/'lineage.json', without_secrets(lineage(run, steps)))
     return folder
 
 # %% ../nbs/api/19_experiment.ipynb #f2c001af
