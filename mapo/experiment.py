@@ -488,7 +488,7 @@ def seeds_vary(
 def lineage(
     run:Run,
     steps:list, # of `compute`
-)->list[dict]: # a row per training: `arm, seed, iteration, learner, objective, init, adapter, data, training, turns, scores`
+)->list[dict]: # `arm, seed, iteration, learner, objective, init, adapter, data, training, turns, scores` of each
     "Where each trained model comes from, and what it learnt from."
     return [step.at() | dict(learner=f.learner, objective=f.objective, init=_inside(run, f.init.path),
                              adapter=_inside(run, f.init.adapter), data=f.data.path.name, turns=step.turns.path.name,

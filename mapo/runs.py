@@ -6,7 +6,7 @@
 __all__ = ['ARITHMETIC', 'repository', 'runs_root', 'whole', 'write_json', 'canonical', 'key_of', 'code_behind',
            'libraries_behind', 'source_hash', 'own_hash', 'device_kind', 'accelerator', 'visible_gpus', 'vllm_version',
            'Draft', 'Artifact', 'scored', 'check_inputs', 'StaleCode', 'Run', 'provenance', 'command_for',
-           'without_secrets', 'runs']
+           'without_secrets', 'kept_stages', 'disk_bytes', 'runs', 'find_run', 'verify']
 
 # %% ../nbs/api/12_runs.ipynb #0ebf2442
 import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re
@@ -766,10 +766,30 @@ def _headline(folder, name): # of the arm that the experiment is named after, el
     return f'{row.arm} {row.team:.3f} [{row.team_low:.3f}, {row.team_high:.3f}]'
 
 
-# %% ../nbs/api/12_runs.ipynb #b1f0c3a6
+# %% ../nbs/api/12_runs.ipynb #6c091b79
 def _read(path): # its JSON and its time; nothing and 0 where there is none
     return (json.loads(path.read_text(encoding='utf-8')), path.stat().st_mtime) if path.exists() else ({}, 0)
 
+# %% ../nbs/api/12_runs.ipynb #302ed988
+def kept_stages(
+    folder:Path, # of a run
+)->dict[str,str]: # name of a stage's folder -> its key, '' where the run has not written its record
+    "The finished stages of a run."
+    record,_ = _read(folder/'record.json')
+    if record: return {f"{stage['stage']}-{stage['key'][:16]}": stage['key'] for stage in record['stages']}
+    log = folder/'log.txt'
+    said = log.read_text(encoding='utf-8') if log.exists() else ''
+    return dict.fromkeys(re.findall(r'\] (\S+-[0-9a-f]{16}) (?:reused|done)', said), '')
+
+# %% ../nbs/api/12_runs.ipynb #41bab9db
+def disk_bytes(
+    folder:Path, # of a run
+)->int:
+    "What a run takes on disk."
+    folders = [folder, *(folder.parent/'artifacts'/name for name in kept_stages(folder))]
+    return sum(p.lstat().st_size for f in folders for p in f.rglob('*') if p.is_file())
+
+# %% ../nbs/api/12_runs.ipynb #b1f0c3a6
 def _about(folder): # what `runs` says of one run; nothing where there is none
     (record, recorded),(state, marked) = _read(folder/'record.json'),_read(folder/'state.json')
     if not record and not state: return {}
@@ -777,11 +797,12 @@ def _about(folder): # what `runs` says of one run; nothing where there is none
     became = dict(status=_status(state), said=state['said']) if marked >= recorded else dict(status='finished', said='')
     return record | became | dict(
         id=known['id'], command=known['command'], at=max(recorded, marked),
-        size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]))
-
+        size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]),
+        disk_mb=round(disk_bytes(folder)/1e6, 1))
 
 # %% ../nbs/api/12_runs.ipynb #88e7b924
-_RUNS = ['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command', 'said']
+_RUNS = ['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'disk_mb',
+         'command', 'said']
 
 def runs(
     root:Path=None, # None for `runs_root()`
@@ -792,3 +813,47 @@ def runs(
     rows = [about | dict(date=date(about)) for about in sorted(found, key=lambda about: about['at'])]
     return pd.DataFrame(rows, columns=_RUNS)
 
+
+# %% ../nbs/api/12_runs.ipynb #c4973e7c
+def find_run(
+    name:str,       # a run's id, its beginning, or the run's folder
+    root:Path=None, # None for `runs_root()`
+)->Path: # its folder
+    "The folder of a run."
+    path,root = Path(name).expanduser(),Path(root or runs_root())
+    if _is_run(path): return path.resolve()
+    ids = sorted(p.name for p in root.glob('*/') if _is_run(p))
+    found = [i for i in ids if i == name] or [i for i in ids if i.startswith(name)]
+    if len(found) == 1: return root/found[0]
+    if found: raise ValueError(f"{len(found)} runs begin with {name!r}, {found[0]} and {found[1]} among them: give "
+                               f"more of the name")
+    close = difflib.get_close_matches(name, ids, 1)
+    meant = f' (did you mean {close[0]!r}?)' if close else ''
+    raise ValueError(f'there is no run {name!r}{meant} in {root}: `mapo runs` lists them')
+
+def _is_run(path): return (path/'record.json').is_file() or (path/'state.json').is_file()
+
+# %% ../nbs/api/12_runs.ipynb #aefa6e27
+def verify(
+    folder:Path, # of a run
+)->pd.DataFrame: # `stage, file, fault`: a row for each thing that is wrong, none where all is well
+    "Compute the keys of a run's finished stages and the hashes of their files again."
+    stages = folder.parent/'artifacts'
+    faults = [dict(stage=name, file=file, fault=fault) for name, key in kept_stages(folder).items()
+              for file, fault in _faults(stages/name, key)]
+    return pd.DataFrame(faults, columns=['stage', 'file', 'fault'])
+
+def _faults(path, key): # (file, what is wrong with it)
+    try: manifest = json.loads((path/'manifest.json').read_text(encoding='utf-8'))
+    except FileNotFoundError: yield 'manifest.json' if path.is_dir() else '','is missing'
+    except ValueError: yield 'manifest.json','cannot be read'
+    else: yield from _differences(path, key, manifest)
+
+def _differences(path, key, manifest):
+    own = key_of(manifest['spec'])
+    if {manifest['key'], key or own} != {own} or not path.name.endswith(f'-{own[:16]}'):
+        yield 'manifest.json','has another key than what it says it was made from'
+    for file, written in manifest['files'].items():
+        if not (path/file).is_file(): yield file,'is missing'
+        elif file_hash(path/file) != written: yield file,'is not what was written'
+    if not (path/'log.json').is_file(): yield 'log.json','is missing'
