@@ -485,6 +485,19 @@ def _verify(args):
         f"{folder.parent/'artifacts'} and give its command again, which makes them anew")
     print(f'{folder.name}: {stages} stages, {weight(disk_bytes(folder)/1e6)}, all as they were made')
 
+# %% ../nbs/api/26_cli.ipynb #8a59f4da
+def _export(args):
+    from mapo.export import check_hub, export_run, upload
+    folder,how = find_run(args.run),dict(arms=tuple(args.arm), seed=args.seed)
+    if not args.to.startswith('hub:'):
+        for piece in export_run(folder, Path(args.to), **how): print(f'{Path(args.to)/piece.name}  {piece.kind}')
+        return
+    hub = args.to.removeprefix('hub:')
+    check_hub(hub)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)/'out'
+        for name in upload(out, export_run(folder, out, hub=hub, **how), hub): print(name)
+
 # %% ../nbs/api/26_cli.ipynb #f7e606e8
 def _checkout():
     if repository() is None:
@@ -609,6 +622,12 @@ def _of_runs(commands): # what is done with runs that are there
     check = commands.add_parser('verify', help="are a run's finished stages as they were made? Ends with 1 if not")
     _named(check, 'run')
     check.set_defaults(do=_verify)
+    export = commands.add_parser('export', help='pass on what a run trained, and what that learnt from')
+    _named(export, 'run')
+    export.add_argument('--to', required=True, metavar='FOLDER', help='a folder that is not there yet, or hub:USER/NAME')
+    export.add_argument('--arm', action='append', default=[], help='a trained arm, may be repeated; without it every one')
+    export.add_argument('--seed', type=int, help="a seed of the run; without it the first")
+    export.set_defaults(do=_export)
 
 # %% ../nbs/api/26_cli.ipynb #580c8818
 def _parser():
