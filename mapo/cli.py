@@ -605,6 +605,18 @@ def _experiment(command, do, several): # what `run` and `plan` are told
                          help='any parameter of the notebook')
     command.set_defaults(do=do)
 
+# %% ../nbs/api/26_cli.ipynb #309c8940
+def _completion(args):
+    try: import shtab
+    except ModuleNotFoundError:
+        raise ValueError("completion needs shtab, which is not installed: pip install shtab") from None
+    parser = _parser()
+    [commands] = [a.choices.values() for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for action in (a for command in commands for a in command._actions):
+        if action.dest == 'experiment': action.choices = list(notebooks())
+        if action.dest == 'to': action.complete = shtab.DIRECTORY
+    print(shtab.complete(parser, args.shell))
+
 # %% ../nbs/api/26_cli.ipynb #d7bd9d27
 def _named(command, *names): # runs
     for name in names: command.add_argument(name, metavar='RUN', help='its id, a beginning of that, or its folder')
@@ -660,6 +672,9 @@ def _parser():
     commands.add_parser('figures', help='draw figures, tables and notebooks again from '
                                         'the published records').set_defaults(do=_figures)
     _of_runs(commands)
+    completion = commands.add_parser('completion', help="a script that completes commands and names in a shell")
+    completion.add_argument('shell', choices=['bash', 'zsh', 'tcsh'])
+    completion.set_defaults(do=_completion)
     return parser
 
 # %% ../nbs/api/26_cli.ipynb #bebc3a0e

@@ -136,10 +136,12 @@ def test_cards_say_how_it_was_made(whole):
 @pytest.mark.slow
 def test_every_piece_goes_to_a_repository_of_its_own(adapted, tmp_path, monkeypatch):
     sent = []
+    def base(folder):
+        file = folder/'adapter_config.json'
+        return json.loads(file.read_text())['base_model_name_or_path'] if file.exists() else ''
+    send = lambda self, **asked: sent.append(asked | dict(base=base(asked['folder_path'])))
     monkeypatch.setattr(HfApi, 'create_repo', lambda self, **asked: sent.append(asked))
-    monkeypatch.setattr(HfApi, 'upload_folder', lambda self, **asked: sent.append(
-        asked | dict(base=json.loads((asked['folder_path']/'adapter_config.json').read_text())['base_model_name_or_path']
-                     if (asked['folder_path']/'adapter_config.json').exists() else '')))
+    monkeypatch.setattr(HfApi, 'upload_folder', send)
     run, _, _ = adapted
     pieces = export_run(run.folder, tmp_path/'out', ('mars_po',), hub='me/team')
     names = upload(tmp_path/'out', pieces, 'me/team')
