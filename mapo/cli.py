@@ -461,8 +461,9 @@ def _runs(args):
     if table.empty: print(f'no runs in {runs_root()}')
     for run in table.itertuples():
         spent = f'{span(run.cpu_s)} of CPU' if run.cpu_s != '' else ''
-        print(f'{run.date}  {run.status:<8}  {run.size:<6}  {run.accuracy:<34}  {spent:<14}  {weight(run.disk_mb):<10}  '
-              f'{run.id}')
+        cells = [run.date, f'{run.status:<8}', f'{run.size:<6}', f'{run.accuracy:<34}', f'{spent:<14}',
+                 f'{weight(run.disk_mb):<10}', run.id]
+        print('  '.join(cells))
         print(f'    {run.command}' + (f'\n    {run.status}: {run.said}' if run.said else ''))
 
 # %% ../nbs/api/26_cli.ipynb #d92f869d
@@ -490,7 +491,8 @@ def _export(args):
     from mapo.export import check_hub, export_run, upload
     folder,how = find_run(args.run),dict(arms=tuple(args.arm), seed=args.seed)
     if not args.to.startswith('hub:'):
-        for piece in export_run(folder, Path(args.to), **how): print(f'{Path(args.to)/piece.name}  {piece.kind}')
+        pieces = export_run(folder, Path(args.to), **how)
+        print('\n'.join(f'{Path(args.to)/piece.name}  {piece.kind}' for piece in pieces))
         return
     hub = args.to.removeprefix('hub:')
     check_hub(hub)
@@ -636,8 +638,10 @@ def _of_runs(commands): # what is done with runs that are there
     check.set_defaults(do=_verify)
     export = commands.add_parser('export', help='pass on what a run trained, and what that learnt from')
     _named(export, 'run')
-    export.add_argument('--to', required=True, metavar='FOLDER', help='a folder that is not there yet, or hub:USER/NAME')
-    export.add_argument('--arm', action='append', default=[], help='a trained arm, may be repeated; without it every one')
+    export.add_argument('--to', required=True, metavar='FOLDER',
+                        help='a folder that is not there yet, or hub:USER/NAME')
+    export.add_argument('--arm', action='append', default=[],
+                        help='a trained arm, may be repeated; without it every one')
     export.add_argument('--seed', type=int, help="a seed of the run; without it the first")
     export.set_defaults(do=_export)
 
