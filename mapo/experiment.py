@@ -7,7 +7,7 @@ __all__ = ['PARAMETERS', 'COSTS', 'OTHER_SIDES', 'Settings', 'documented', 'sett
            'check_fits', 'Heard', 'online', 'begins_with', 'evaluated', 'Experiment', 'show_source', 'Planned',
            'Rehearsal', 'cast', 'check_cast', 'compute', 'rehearse', 'experiment', 'told_apart', 'checkable', 'rows',
            'agents_apart', 'after_debate', 'costs', 'inference', 'opinions', 'disagreements', 'gathered',
-           'training_curves', 'manifest', 'drawable', 'provenance_of', 'seeds_vary', 'write_record', 'rates']
+           'training_curves', 'manifest', 'drawable', 'provenance_of', 'seeds_vary', 'lineage', 'write_record', 'rates']
 
 # %% ../nbs/api/19_experiment.ipynb #5e59178e
 import ast, difflib, inspect, textwrap
@@ -27,7 +27,7 @@ from .pairs import Built, own_turns
 from .record import save_record, save_tables
 from .tables import arm_label, know_arms
 from .rewards import Grouping, answering, second_opinions
-from .runs import Artifact, Run, check_inputs, key_of, scored, write_json
+from .runs import Artifact, Run, check_inputs, key_of, scored, without_secrets, write_json
 from .tiny import FORM, make_agent
 
 # %% ../nbs/api/19_experiment.ipynb #f1c66fab
@@ -159,6 +159,7 @@ class Fit:
     objective:str         # 'sft', 'dpo', 'reward', or the name of your own in small letters
     data:Artifact         # what it learns from
     training:Artifact|None=None # what became of it; None where there was nothing to learn
+    init:Model|None=None  # the model that it started from
 
     @property
     def reason(self)->str: # '' where there is something
@@ -196,7 +197,7 @@ def fit(
     sampler:Model=None,   # who sampled the answers, where the objective asks; None for `init`
 )->Fit:
     "Train a model on what was chosen for it, if that is anything."
-    found = Fit(learner, type(objective).__name__.lower(), data)
+    found = Fit(learner, type(objective).__name__.lower(), data, init=init)
     if found.reason: return found
     named = dict(reference=reference or init, sampler=sampler or init)
     held = {whose: model for whose, model in named.items() if getattr(objective, whose)}
@@ -677,6 +678,22 @@ def seeds_vary(
             else ', from the same first agents.')
     return 'Each seed samples, chooses and trains anew' + also
 
+# %% ../nbs/api/19_experiment.ipynb #5abf68cb
+def lineage(
+    run:Run,
+    steps:list, # of `compute`
+)->list[dict]: # `arm, seed, iteration, learner, objective, init, adapter, data, training, turns, scores` of each
+    "Where each trained model comes from, and what it learnt from."
+    return [step.at() | dict(learner=f.learner, objective=f.objective, init=_inside(run, f.init.path),
+                             adapter=_inside(run, f.init.adapter), data=f.data.path.name, turns=step.turns.path.name,
+                             training=f.training.path.name if f.training else '',
+                             scores=[s.path.name for s in step.scores])
+            for step in steps for f in step.fits]
+
+def _inside(run, path): # relative to the run's stages, for what lies there
+    inside = path and Path(path).is_relative_to(run.artifacts)
+    return str(Path(path).relative_to(run.artifacts)) if inside else path
+
 # %% ../nbs/api/19_experiment.ipynb #255d070f
 def write_record(
     run:Run,
@@ -693,6 +710,7 @@ def write_record(
     save_tables(folder, {'training.csv': training_curves(steps), 'inference.csv': inference(e, s, shown, found_rows),
                          'counts.parquet': gathered(steps, 'counts')} | disagreements(second)
                         | e.tables(run, s, steps, found))
+    write_json(run.folder/'lineage.json', without_secrets(lineage(run, steps)))
     return folder
 
 # %% ../nbs/api/19_experiment.ipynb #f2c001af

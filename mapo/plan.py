@@ -276,7 +276,8 @@ def machine(
     known = {name.lower(): name for name in GPUS}
     if gpu.lower() not in known:
         close = difflib.get_close_matches(gpu.upper(), GPUS, 1, .4)
-        raise ValueError(f"there is no machine {text!r}{f' (did you mean {close[0]!r}?)' if close else ''}: there are "
+        meant = f' (did you mean {text.removesuffix(gpu)+close[0]!r}?)' if close else ''
+        raise ValueError(f"there is no machine {text!r}{meant}: there are "
                          f"{', '.join(GPUS)}, several of one kind as 8x{close[0] if close else 'H100-80'}, "
                          "and 'here' for the processor of this machine")
     if not count.isascii() or not count.isdigit() or int(count) < 1:

@@ -6,7 +6,7 @@
 __all__ = ['ARITHMETIC', 'repository', 'runs_root', 'whole', 'write_json', 'canonical', 'key_of', 'code_behind',
            'libraries_behind', 'source_hash', 'own_hash', 'device_kind', 'accelerator', 'visible_gpus', 'vllm_version',
            'Draft', 'Artifact', 'scored', 'check_inputs', 'StaleCode', 'Run', 'provenance', 'command_for',
-           'without_secrets', 'runs']
+           'without_secrets', 'span', 'weight', 'kept_stages', 'disk_bytes', 'about_run', 'runs', 'find_run', 'verify']
 
 # %% ../nbs/api/12_runs.ipynb #0ebf2442
 import ast, contextlib, difflib, errno, hashlib, importlib.metadata, importlib.util, inspect, json, os, platform, re
@@ -766,29 +766,111 @@ def _headline(folder, name): # of the arm that the experiment is named after, el
     return f'{row.arm} {row.team:.3f} [{row.team_low:.3f}, {row.team_high:.3f}]'
 
 
-# %% ../nbs/api/12_runs.ipynb #b1f0c3a6
+# %% ../nbs/api/12_runs.ipynb #6c091b79
 def _read(path): # its JSON and its time; nothing and 0 where there is none
     return (json.loads(path.read_text(encoding='utf-8')), path.stat().st_mtime) if path.exists() else ({}, 0)
 
-def _about(folder): # what `runs` says of one run; nothing where there is none
+# %% ../nbs/api/12_runs.ipynb #19c1a014
+def span(
+    seconds:float, # how long something takes
+)->str: # as people say it
+    "A span of time in words."
+    if seconds < 90: return f'{seconds:.0f} s'
+    if seconds < 5400: return f'{seconds/60:.0f} min'
+    return f'{seconds/3600:.1f} hours'
+
+# %% ../nbs/api/12_runs.ipynb #a1fee49e
+def weight(
+    megabytes:float, # on disk
+)->str: # as people say it
+    "Megabytes in words."
+    if megabytes < 1: return 'under 1 MB'
+    return f'{megabytes:.0f} MB' if megabytes < 1000 else f'{megabytes/1000:.1f} GB'
+
+# %% ../nbs/api/12_runs.ipynb #302ed988
+def kept_stages(
+    folder:Path, # of a run
+)->dict[str,str]: # name of a stage's folder -> its key, '' where the run has not written its record
+    "The finished stages of a run."
+    record,_ = _read(folder/'record.json')
+    if record: return {f"{stage['stage']}-{stage['key'][:16]}": stage['key'] for stage in record['stages']}
+    log = folder/'log.txt'
+    said = log.read_text(encoding='utf-8') if log.exists() else ''
+    return dict.fromkeys(re.findall(r'\] (\S+-[0-9a-f]{16}) (?:reused|done)', said), '')
+
+# %% ../nbs/api/12_runs.ipynb #41bab9db
+def disk_bytes(
+    folder:Path, # of a run
+)->int:
+    "What a run takes on disk."
+    folders = [folder, *(folder.parent/'artifacts'/name for name in kept_stages(folder))]
+    return sum(p.lstat().st_size for f in folders for p in f.rglob('*') if p.is_file())
+
+# %% ../nbs/api/12_runs.ipynb #b1f0c3a6
+def about_run(
+    folder:Path, # of a run
+)->dict: # `date`, `status`, `said`, `size`, `accuracy`, `disk_mb`, and what its record holds; {} where there is no run
+    "What a run was and what became of it."
     (record, recorded),(state, marked) = _read(folder/'record.json'),_read(folder/'state.json')
     if not record and not state: return {}
-    known = record or state
+    known,at = record or state,max(recorded, marked)
     became = dict(status=_status(state), said=state['said']) if marked >= recorded else dict(status='finished', said='')
     return record | became | dict(
-        id=known['id'], command=known['command'], at=max(recorded, marked),
-        size=known['parameters'].get('preset', ''), accuracy=_headline(folder, known['id'].rpartition('-')[0]))
-
+        id=known['id'], command=known['command'], at=at, date=time.strftime('%F %H:%M', time.localtime(at)),
+        parameters=known['parameters'], size=known['parameters'].get('preset', ''),
+        accuracy=_headline(folder, known['id'].rpartition('-')[0]), disk_mb=round(disk_bytes(folder)/1e6, 1))
 
 # %% ../nbs/api/12_runs.ipynb #88e7b924
-_RUNS = ['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'command', 'said']
+_RUNS = ['id', 'date', 'status', 'size', 'accuracy', 'commit', 'cpu_s', 'wall_s', 'peak_memory_mb', 'disk_mb',
+         'command', 'said']
 
 def runs(
     root:Path=None, # None for `runs_root()`
 )->pd.DataFrame: # newest last; failed ones too, `said` says why
     "What runs there are, what became of them, what they cost, and the command that repeats each."
-    found = filter(None, map(_about, Path(root or runs_root()).glob('*/')))
-    date = lambda about: time.strftime('%F %H:%M', time.localtime(about['at']))
-    rows = [about | dict(date=date(about)) for about in sorted(found, key=lambda about: about['at'])]
-    return pd.DataFrame(rows, columns=_RUNS)
+    found = filter(None, map(about_run, Path(root or runs_root()).glob('*/')))
+    return pd.DataFrame(sorted(found, key=lambda about: about['at']), columns=_RUNS)
 
+# %% ../nbs/api/12_runs.ipynb #c4973e7c
+def find_run(
+    name:str,       # a run's id, its beginning, or the run's folder
+    root:Path=None, # None for `runs_root()`
+)->Path: # its folder
+    "The folder of a run."
+    path,root = Path(name).expanduser(),Path(root or runs_root())
+    if _is_run(path): return path.resolve()
+    ids = sorted(p.name for p in root.glob('*/') if _is_run(p))
+    found = [i for i in ids if i == name] or [i for i in ids if i.startswith(name)]
+    if len(found) == 1: return root/found[0]
+    if found: raise ValueError(f"{len(found)} runs begin with {name!r}, {found[0]} and {found[1]} among them: give "
+                               f"more of the name")
+    close = difflib.get_close_matches(name, [*ids, *{i.rpartition('-')[0] for i in ids}], 1)
+    meant = f' (did you mean {close[0]!r}?)' if close else ''
+    raise ValueError(f'there is no run {name!r}{meant} in {root}: `mapo runs` lists them')
+
+def _is_run(path): return (path/'record.json').is_file() or (path/'state.json').is_file()
+
+# %% ../nbs/api/12_runs.ipynb #aefa6e27
+def verify(
+    folder:Path, # of a run
+)->pd.DataFrame: # `stage, file, fault`: a row for each thing that is wrong, none where all is well
+    "Compute the keys of a run's finished stages and the hashes of their files again."
+    stages = folder.parent/'artifacts'
+    faults = [dict(stage=name, file=file, fault=fault) for name, key in kept_stages(folder).items()
+              for file, fault in _faults(stages/name, key)]
+    return pd.DataFrame(faults, columns=['stage', 'file', 'fault'])
+
+def _faults(path, key): # (file, what is wrong with it)
+    try: manifest = json.loads((path/'manifest.json').read_text(encoding='utf-8'))
+    except FileNotFoundError: yield 'manifest.json' if path.is_dir() else '','is missing'
+    except ValueError: yield 'manifest.json','cannot be read'
+    else: yield from _differences(path, key, manifest)
+
+def _differences(path, key, manifest):
+    own = key_of(manifest['spec'])
+    if {manifest['key'], key or own} != {own} or not path.name.endswith(f'-{own[:16]}'):
+        yield 'manifest.json','has another key than what it says it was made from'
+    for file, written in manifest['files'].items():
+        if not (path/file).is_file(): yield file,'is missing'
+        elif file_hash(path/file) != written: yield file,'is not what was written'
+    if not (path/'log.json').is_file(): yield 'log.json','is missing'

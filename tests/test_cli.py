@@ -1,6 +1,8 @@
 """The command line: what it refuses, what it shows, several experiments at once, and what is left when it is killed."""
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,7 +217,86 @@ def test_runs_are_listed_with_date_status_size_and_accuracy(ran, monkeypatch, ca
         [line] = [line for line in lines if f' {name}-' in line]
         date, clock, status, size, arm, accuracy = line.split()[:6]
         assert (status, size, arm) == ('finished', 'smoke', name) and 0 <= float(accuracy) <= 1
+        assert re.search(r'  [1-9]\d* MB  ', line)
     assert lines[1].strip().startswith('mapo run ')
+
+
+def said_of(words, capsys):
+    cli.main(words)
+    return capsys.readouterr().out
+
+
+def test_a_run_is_shown_by_the_beginning_of_its_name(ran, monkeypatch, capsys):
+    monkeypatch.setenv('MAPO_RUNS', str(ran[2][0]))
+    [run] = ran[2][0].glob('malt-*')
+    shown = said_of(['show', 'malt'], capsys)
+    assert shown.startswith(f'{run.name}  finished  ')
+    assert 'n_train 12' in shown and 'preset   smoke' in shown and '  seeds    0\n' in shown
+    [stages] = [line for line in shown.splitlines() if line.startswith('train ')]
+    trainings = [s for s in json.loads((run/'record.json').read_text())['stages'] if s['stage'] == 'train']
+    assert int(stages.split()[1]) == len({s['key'] for s in trainings})
+    most = pd.read_csv(run/'record'/'budget.csv').tokens_trained.max()
+    assert int(stages.split()[-1].replace(',', '')) > most
+    assert 'MALT without vote' in shown and f'record   {run}/record' in shown
+
+
+def test_what_is_shown_fits_a_narrow_terminal(ran, monkeypatch, capsys):
+    monkeypatch.setenv('MAPO_RUNS', str(ran[2][0]))
+    monkeypatch.setenv('COLUMNS', '64')
+    lines = said_of(['show', 'malt'], capsys).splitlines()
+    assert [line for line in lines if len(line) > 64 and str(ran[2][0]) not in line] == []
+    assert sum(line.startswith('MALT without vote') for line in lines) > 1, 'its columns do not follow below'
+
+
+def test_a_run_repeated_elsewhere_is_no_different(ran, capsys):
+    folders = [str(next(ran[n][0].glob('multiagent_ft-*'))) for n in (1, 2)]
+    lines = said_of(['compare', *folders], capsys).splitlines()
+    rows = [line for line in lines if '.000 [.000, .000]' in line]
+    assert len(rows) == len(MULTIAGENT_FT.choose('core')) and 'Not paired' not in '\n'.join(lines)
+
+
+def test_runs_on_other_problems_are_compared_unpaired_and_it_is_said(ran, monkeypatch, capsys):
+    monkeypatch.setenv('MAPO_RUNS', str(ran[2][0]))
+    said = said_of(['compare', 'malt', 'multi', '--arm', 'malt', '--arm', 'debate'], capsys)
+    assert 'Not paired: MALT, for they answered 6 and 6 problems, of which ' in said and 'Where p stands' not in said
+
+
+@pytest.mark.parametrize('words,sentence', [
+    ('show marspo', 'there is no run'), ('verify multiagent-ft', "did you mean 'multiagent_ft'?"),
+    ('publish nobody', 'there is no run'),
+    ('compare malt multi', 'have no arm in common'), ('compare malt malt', 'is not held against itself'),
+    ('compare malt multi --arm malt --arm debate --arm base', '--arm names an arm of each run'),
+    ('compare malt multi --arm malt', "has no arm 'malt'")])
+def test_what_cannot_be_looked_at_is_one_sentence(words, sentence, ran, monkeypatch):
+    monkeypatch.setenv('MAPO_RUNS', str(ran[2][0]))
+    with pytest.raises(SystemExit) as stopped: cli.main(words.split())
+    assert sentence in stopped.value.code and '\n' not in stopped.value.code
+
+
+def test_damage_is_found_and_ends_with_1(ran, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(ran[1][0], tmp_path/'runs')
+    monkeypatch.setenv('MAPO_RUNS', str(root))
+    assert said_of(['verify', 'multi'], capsys).endswith('all as they were made\n')
+    first, second, third = sorted(root.glob('artifacts/train-*/'))[:3]
+    weights = first/'model'/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1] + b'x')
+    (second/'log.parquet').unlink()
+    shutil.rmtree(third)
+    with pytest.raises(SystemExit) as stopped: cli.main(['verify', 'multi'])
+    assert re.match(r'mapo verify: 3 of \d+ stages of multiagent_ft-\w+ are damaged', stopped.value.code)
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        f'{first.name}/model/model.safetensors is not what was written', f'{second.name}/log.parquet is missing',
+        f'{third.name} is missing']
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
+def test_a_shell_completes_commands_and_experiments():
+    pytest.importorskip('shtab')
+    ask = '; COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _shtab_mapo; echo "${COMPREPLY[@]}"'
+    script = f'source <({MAPO} completion bash); ' + '; '.join(
+        f'COMP_WORDS=({words}){ask}' for words in ('mapo sho', 'mapo run mal', 'mapo plan --pre'))
+    ended = subprocess.run(['bash', '-c', script], capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines() == ['show', 'malt malt_rates', '--preset'], ended.stderr
 
 
 def test_a_small_run_had_one_thread(ran):

@@ -317,7 +317,7 @@ def test_nothing_is_started(name, tmp_path):
     (['malt', '-p', 'max_tokens=1000'], "model 'tiny:base' has a window of 1024 tokens"),
     (['mars_po', '-p', 'source=sums'], "there is no problem source 'sums'"),
     (['mars_po', '--machine', '0xH100-80'], "a machine has at least 1 GPU, not '0', as '0xH100-80' says"),
-    (['mars_po', '--machine', '8xH100'], "there is no machine '8xH100' (did you mean 'H100-80'?)"),
+    (['mars_po', '--machine', '8xH1000'], "there is no machine '8xH1000' (did you mean '8xH100-80'?)"),
     (['mars_po', '--machine=-1xA100-80'], "a machine has at least 1 GPU, not '-1'"),
     (['mars_po', '--machine', '8.5xA100-80'], "a machine has at least 1 GPU, not '8.5'"),
     (['mars_po', '--machine', '٣xA100-80'], 'a machine has at least 1 GPU'),
