@@ -1,4 +1,4 @@
-"Group-relative policy gradients: parity with TRL's GRPOTrainer and with the formula, on and off policy."
+"Policy gradients: parity with TRL's GRPOTrainer and the formula, on and off policy; agents, teams and trees online."
 import math
 from dataclasses import dataclass, replace
 
@@ -10,8 +10,18 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from mapo.agents import Model
 from mapo.engines import load_model
+from mapo.experiment import Arm, Experiment, Settings, Step, compute, online
+from mapo.malt import Malt
+from mapo.methods import make_problems
 from mapo.objectives import GRPO, Objective
+from mapo.pairs import value_turns
+from mapo.plan import plan_paper
+from mapo.rewards import Grouping, grade
+from mapo.runs import Run, scored
+from mapo.sampling import sample_alone, sample_tree
+from mapo.tiny import specialists
 from mapo.training import example_tokens, reference_log_probabilities, train
 from test_training import random_model, says, tokenizer
 
@@ -167,3 +177,102 @@ def test_what_an_objective_of_ones_own_is_given(initial, other, rows, tmp_path):
         rejected=[*rows.completion[1:], rows.completion[0]], gold=range(ROWS), odds=1)
     log = train(initial, pairs, Watched(updates=1, batch_size=ROWS), tmp_path/'out', other, sampler=initial).log
     assert log.loss[0] == pytest.approx(2.5) and log.rows[0] == ROWS
+
+
+SMALL = Settings(n_train=8, n_dev=0, n_test=0, max_tokens=48)
+ONLINE = GRPO(learning_rate=1e-4, updates=1)
+
+
+@pytest.fixture
+def run(tmp_path): return Run('online', {}, root=tmp_path)
+
+
+def problems_of(run): return run.stage(make_problems, **SMALL.problem_set()).where(split='train')
+
+
+def alone(run, n):
+    "How a team answers whose agents do not see each other."
+    def answer(team, problems, iteration):
+        turns = run.stage(sample_alone, problems=problems, team=team, n=n, purpose='train', iteration=iteration, seed=0,
+                          **SMALL.sampling())
+        return turns, (run.stage(grade, turns=turns, problems=problems),)
+    return answer
+
+
+def as_a_tree(run):
+    "How MALT's roles answer, two children everywhere; the worth of a turn is the mean of its children's."
+    def answer(team, problems, iteration):
+        turns = run.stage(sample_tree, problems=problems, team=team, branching=(2, 2, 2), purpose='train',
+                          iteration=iteration, seed=0, **SMALL.sampling())
+        graded = run.stage(grade, turns=turns, problems=problems)
+        return turns, (graded, run.stage(value_turns, turns=(turns, graded), last=2))
+    return answer
+
+
+def test_a_team_each_by_its_own_measure(run):
+    "Dr. MAS: an agent's advantages have mean 0 and standard deviation 1 among its own answers to a problem."
+    team = specialists()
+    [heard] = online(run, SMALL, team, problems_of(run), alone(run, 6), ONLINE, 1, 4, Grouping(by='problem_id'))
+    for name, found in zip(('products', 'borrows', 'carries'), heard.fits):
+        rows = found.data.read('table')
+        assert found.learner == name and set(rows.agent) == {name} and len(rows)
+        groups = rows.groupby('problem_id').advantage
+        assert np.allclose(groups.mean(), 0) and np.allclose(groups.std(), 1)
+    models = {a.model.path for a in heard.team}
+    assert len(models) == 3 and not models & {a.model.path for a in team}
+
+
+def test_agents_that_share_a_model_train_it_together(run):
+    team = specialists()
+    twins = team.with_models(dict(borrows=team['products'].model))
+    [heard] = online(run, SMALL, twins, problems_of(run), alone(run, 6), ONLINE, 1, 4, shared=True)
+    assert [f.learner for f in heard.fits] == ['products and borrows', 'carries']
+    rows = heard.fits[0].data.read('table')
+    assert set(rows.agent) == {'products', 'borrows'}
+    assert np.allclose(rows.groupby(['agent', 'context_id']).advantage.mean(), 0)
+    assert heard.team['products'].model.path == heard.team['borrows'].model.path != heard.team['carries'].model.path
+
+
+def test_a_tree_learns_by_siblings_and_is_planned_as_it_runs(run):
+    "MALT's roles, online: a turn's advantage is its value less the mean of those under the same parent."
+    def method(run, s, arm, seed, problems, split):
+        few = problems.where(split='train')
+        heard = online(run, s, Malt().team(), few, as_a_tree(run), ONLINE, 2, 4, Grouping(score='value', scale='none'))
+        return [Step(arm, seed, i, problems, {}, *h) for i, h in enumerate(heard, 1)]
+    tree = Experiment('tree_grpo', dict(smoke=SMALL), (Arm('chain'), Arm('tree', base='chain')), method, None)
+    steps = compute(run, tree, SMALL, 'tree')[-2:]
+    for step in steps:
+        turns = scored(step.turns, *step.scores)
+        rows = pd.concat([f.data.read('table') for f in step.fits if f.training])
+        siblings = turns.groupby(['agent', 'context_id']).value
+        gain = (turns.value - siblings.transform('mean')).set_axis(turns.turn_id)
+        assert np.allclose(rows.advantage, gain[rows.turn_id]) and (rows.advantage != 0).all()
+        assert set(rows.turn_id) == set(gain.index[gain.abs() > 1e-9])
+    planned = plan_paper(tree, 'smoke', 'tree').table
+    fits = [f for step in steps for f in step.fits]
+    counted = lambda table, kind, column: int(table[table.kind == kind][column].sum())
+    assert counted(planned, 'sample', 'answers') == sum(len(step.turns.read('turns')) for step in steps)
+    assert counted(planned, 'tune', 'updates') == len(fits) == 6 and all(f.training for f in fits)
+    rows = [len(f.data.read('table')) for f in fits]
+    assert counted(planned, 'tune', 'data') == sum(len(step.turns.read('turns')) for step in steps) > sum(rows)
+    assert set(planned[planned.kind == 'tune'].purpose) == {'GRPO'}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(run, tmp_path):
+    team,problems = specialists(),problems_of(run)
+    def asked(answer): return online(run, SMALL, team, problems, answer, replace(ONLINE, kl=.1), 2, 3)
+    def broken(team, problems, iteration):
+        if iteration == 2: raise KeyboardInterrupt
+        return alone(run, 6)(team, problems, iteration)
+    with pytest.raises(KeyboardInterrupt): asked(broken)
+    done = len(run.stages)
+    heard = asked(alone(run, 6))
+    again = run.stages[done:]
+    made = [stage['stage'] for stage in again if not stage['reused']]
+    assert made.count('sample_alone') == 1 and made.count('train') == made.count('own_turns') == 3
+    assert [stage['stage'] for stage in again if stage['reused']] == [stage['stage'] for stage in run.stages[1:done]]
+    logs = [f.training.read('log') for f in heard[1].fits]
+    assert all(log.ratio[0] == pytest.approx(1, abs=1e-4) for log in logs), 'held to those that have just spoken'
+    assert all(log.kl[0] > 0 for log in logs), 'and to those of the beginning'
+    assert {p.name for p in heard[1].fits[0].training.path.glob('*.parquet')} == {
+        'log.parquet', 'reference.parquet', 'sampler.parquet'}
