@@ -169,7 +169,7 @@ def test_nobody_right_is_one_sentence(tmp_path):
     (['run', 'mars_po', '-p', 'n_sample=3'], "mars_po has no parameter 'n_sample' (did you mean 'n_samples'?)"),
     (['run', 'mars_po', '-p', 'n_samples=three'], "n_samples must be int | None, not 'three'"),
     (['run', 'marspo'], "there is no experiment 'marspo' (did you mean 'mars_po'?)"),
-    (['publish', 'mars_po-0'], "there is no finished run 'mars_po-0'")])
+    (['publish', 'mars_po-0'], "there is no run 'mars_po-0'")])
 def test_a_mistake_is_one_sentence_and_an_exit_status(command, sentence, tmp_path, monkeypatch):
     monkeypatch.setenv('MAPO_RUNS', str(tmp_path))
     with pytest.raises(SystemExit) as stopped: main(command)
