@@ -420,7 +420,7 @@ def plot_training(
 )->Picture:
     "Log-probability of chosen and rejected texts, and the reward margin, over training steps."
     names = in_order(log.arm)
-    means = _smooth(log[log.arm.isin(shown or names[:6])])
+    means = _smooth(log[log.arm.isin([a for a in names if a in (shown or ())] or names[:6])])
     seeds = means.seed.nunique()
     band = f'bands: 95 % intervals over {seeds} seeds' if seeds > 1 else ''
     few = f'{means.arm.nunique()} of {len(names)} arms' if means.arm.nunique() < len(names) else ''
@@ -634,10 +634,10 @@ def boxes_of_pairs(
     said = {(getattr(p, f'{side}_agent'), grade): getattr(p, side)[-1]['content'] for p in own.itertuples()
             for side, grade in sides}
     rows = [dict(box='problem', column='one problem', title='asked', text=_short(own.prompt.iloc[0][-1]['content']))]
-    rows += [dict(box=' '.join(key), column='everybody answers alone', title=key[0], text=_short(said[key]), grade=key[1],
-                  sees=['problem']) for key in sorted(said)]
-    rows += [dict(box=f'{p.agent} learns', column='a pair for each that was wrong', title=f'{p.agent} learns', lesson=True,
-                  text=f'to say what {p.chosen_agent} said, and not its own answer', chosen=[f'{p.chosen_agent} right'],
+    rows += [dict(box=' '.join(key), column='everybody answers alone', title=key[0], text=_short(said[key]),
+                  grade=key[1], sees=['problem']) for key in sorted(said)]
+    rows += [dict(box=f'{p.agent} learns', column='a pair for each that was wrong', title=f'{p.agent} learns',
+                  lesson=True, text=f'to say what {p.chosen_agent} said, and not its own answer', chosen=[f'{p.chosen_agent} right'],
                   rejected=[f'{p.rejected_agent} wrong']) for p in own.sort_values('agent').itertuples()]
     return _boxes(rows)
 
@@ -680,7 +680,8 @@ def boxes_of_debate(
     said = f'the majority says {majority}: ' if majority is not None else 'no majority: '
     for round, head in heads.items():
         names = [n for (r, _), n in name.items() if r == round and n in agree]
-        what = f"{said}{', '.join(names)} learn{'s' * (len(names) == 1)} from what {'it' if len(names) == 1 else 'they'} said"
+        learn = 'learns from what it said' if len(names) == 1 else 'learn from what they said'
+        what = f"{said}{', '.join(names)} {learn}"
         rows.append(dict(box=f'lesson {round}', column=head, title='SFT on own turns', lesson=True,
                          text=what if names else f'{said}nobody learns from this', chosen=names))
     return _boxes(rows)
@@ -696,20 +697,20 @@ def _worth(turns, column, sees):
                  grade={1: 'right', 0: 'wrong'}.get(t.correct, '')) for t in turns.itertuples()]
 
 def _siblings(turns, column, threshold):
-    "What a role learns from siblings: to say the best, not the worst."
+    "What a role learns from siblings: to say the good ones, and the best rather than the worst."
     best,worst = turns.loc[turns.value.idxmax()],turns.loc[turns.value.idxmin()]
     pair = bool(best.value > threshold >= worst.value)
-    text = (f'to say what was worth {number(best.value, ".2f")}, not what was worth {number(worst.value, ".2f")}' if pair
-            else 'from these siblings nothing: all are good or all are bad')
+    text = (f'the one worth {number(best.value, ".2f")} over the one worth {number(worst.value, ".2f")}' if pair
+            else 'no pair: these siblings are all good or all bad')
     return dict(box=f'{column} lesson', column=column, title='SFT on the good, then DPO', lesson=True, text=text,
-                chosen=[best.turn_id]*pair, rejected=[worst.turn_id]*pair)
+                chosen=[*turns.turn_id[turns.value > threshold]], rejected=[worst.turn_id]*pair)
 
 def boxes_of_tree(
     turns:pd.DataFrame, # one tree: `turn_id, parent_ids, problem_id, role, text, value, correct`
     question:str='', # what was asked, in words; '' for the problem's id
     threshold:float=.5, # a turn worth more is good
 )->pd.DataFrame: # as for `plot_method`
-    "A part of a tree: the answers, the critiques of one of them and what one critique led to, with what they are worth."
+    "A part of a tree, with what turns are worth: answers, critiques of one of them, what one critique led to."
     role = lambda name: turns[turns.role == name]
     first = role('generator')
     critiques = _mixed(role('verifier'), first.turn_id)
@@ -752,8 +753,8 @@ def _place(boxes):
 def _draw_box(axes, box, place, frame):
     left,top,height = place
     fill = '#EEF3F8' if box.lesson else _fills.get(box.grade, '#FFFFFF')
-    axes.add_patch(FancyBboxPatch((left, top), _box_width, height, boxstyle='round,pad=0,rounding_size=.04', facecolor=fill,
-                                  edgecolor=frame or '#b0b0b0', linewidth=1.3 if frame else .6, zorder=3))
+    look = dict(boxstyle='round,pad=0,rounding_size=.04', facecolor=fill, edgecolor=frame or '#b0b0b0', zorder=3)
+    axes.add_patch(FancyBboxPatch((left, top), _box_width, height, linewidth=1.3 if frame else .6, **look))
     mark = {'right': '✓  ', 'wrong': '✗  '}.get(box.grade, '')
     put = dict(va='top', zorder=4, linespacing=1.15)
     axes.text(left + .06, top + .05, _plain(mark + box.title), fontsize=6.2, fontweight='bold', **put)

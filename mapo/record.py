@@ -158,10 +158,16 @@ def _rates(table, run):
     yield 'rates',choose_rates(table),note
     yield 'grid',table,''
 
+def _taught(pairs, shown):
+    "The arms, of those that are shown, in which somebody learns from a text that is not its own."
+    others = pairs[(pairs.chosen_agent != pairs.agent) | (pairs.rejected_agent != pairs.agent)]
+    return [arm for arm in in_order(others.arm) if shown is None or arm in shown]
+
 def _trained(read, shown, run):
     "What was recorded of pairs, training, rates and selection."
     if (table := read('pairs')) is not None:
-        for arm in in_order(table.arm): yield f'teaching_{arm}',plot_teaching(table[table.arm == arm], run)
+        for arm in _taught(table, shown.get('accuracy')):
+            yield f'teaching_{arm}',plot_teaching(table[table.arm == arm], run)
     if (table := read('training')) is not None: yield 'training',plot_training(table, run, shown.get('training'))
     if (table := read('rates')) is not None: yield from _rates(table, run)
     if (table := read('selection')) is not None:

@@ -411,16 +411,17 @@ def _by_metric(verdict):
     sampled,_,greedy = short.partition(' sampled, ')
     return sampled,greedy.removesuffix(' greedy') or sampled
 
+_verbs = {'holds': ('holds', 'hold'), 'fails': ('fails', 'fail'), 'undecided': ('is undecided', 'are undecided'),
+          'not testable here': ('cannot be tested here',)*2} # verdict: of one claim, of several
+
 def claims_in_words(
     claims:pd.DataFrame, # of `claims_table`
 )->str: # a sentence without its end; '' for none
     "How many of a paper's claims hold."
     each = [_by_metric(v) for v in claims.drop_duplicates('claim').verdict]
     if not each: return ''
-    verb = {'holds': 'hold', 'fails': 'fail', 'undecided': 'are undecided', 'not testable here': 'cannot be tested here'}
-    one = {'holds': 'holds', 'fails': 'fails', 'undecided': 'is undecided', 'not testable here': 'cannot be tested here'}
-    count = {v: [s for s, _ in each].count(v) for v in verb}
-    said = _listed([f'{n} {(one if n == 1 else verb)[v]}' for v, n in count.items() if n])
+    count = {v: [s for s, _ in each].count(v) for v in _verbs}
+    said = _listed([f'{n} {_verbs[v][n > 1]}' for v, n in count.items() if n])
     other = sum(s != g for s, g in each)
     greedy = f'; when they are greedy the verdict on {other} of them is another' if other else ''
     return f'Of {len(each)} claims looked at here, {said} when answers are sampled{greedy}'
@@ -434,10 +435,10 @@ def show_verdict(
     found = [f'When answers are sampled, {sampled}' if sampled else '',
              f'When they are greedy, {greedy}' if greedy else '', claims_in_words(claims)]
     if not any(found): return Shown('<p>Nothing was compared.</p>', 'Nothing was compared.')
-    scope = _scope(comparisons)
-    said = ' '.join(f'{s}.' for s in found if s)
-    return Shown(f'<p>{escape(said)}</p>' + (f'<p style="font-size:85%;opacity:.75">{escape(scope)}</p>' if scope else ''),
-                 f'{printable(said)}\n{scope}'.strip())
+    scope,said = _scope(comparisons),[f'{s}.' for s in found if s]
+    items = ''.join(f'<li>{escape(s)}</li>' for s in said)
+    foot = f'<p style="font-size:85%;opacity:.75">{escape(scope)}</p>' if scope else ''
+    return Shown(f'<ul>{items}</ul>{foot}', '\n'.join(filter(None, [*map(printable, said), scope])))
 
 def _scope(comparisons):
     if comparisons.empty: return ''
@@ -471,7 +472,7 @@ def show_main_claims(
     text = formatted(main.drop(columns='row'))
     text = text.assign(test=text.a + ' against ' + text.b).rename(columns=dict(difference='sampled'))
     text = text[[c for c in ('claim', 'verdict', 'test', 'sampled', 'greedy') if c in text]]
-    link = lambda i: f'<td><a href="#{escape(table)}-{i}">row {i + 1}</a></td>'
+    link = lambda i: f'<td style="white-space:nowrap"><a href="#{escape(table)}-{i}">row {i + 1}</a></td>'
     head = '<tr>' + ''.join(_html_cell('th', c) for c in text.columns) + '<th></th></tr>'
     body = ''.join('<tr>' + ''.join(_html_cell('td', c) for c in r) + link(i) + '</tr>'
                    for r, i in zip(text.itertuples(index=False), main.row))
