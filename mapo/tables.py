@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['arms', 'palette', 'measures', 'readouts_in_order', 'flips_in_order', 'Shown', 'know_arms', 'in_order', 'arm_label',
-           'arm_style', 'number', 'rate', 'formatted', 'markdown', 'show_table', 'save_table', 'results_table',
-           'comparisons_table', 'claims_table', 'untrained_arms', 'base_arms', 'flag_failures', 'flag_selection',
-           'choose_rates', 'average_diversity', 'diversity_table', 'measured_units', 'check_readouts', 'readouts_table',
-           'check_flips', 'flips_table', 'sweep_places', 'sweep_table', 'count_pairs', 'show_pairs']
+           'arm_style', 'number', 'rate', 'formatted', 'markdown', 'show_table', 'folded', 'show_short', 'latex',
+           'save_table', 'results_table', 'comparisons_table', 'claims_table', 'compared_in_words', 'claims_in_words',
+           'show_verdict', 'main_claims', 'show_main_claims', 'untrained_arms', 'base_arms', 'flag_failures',
+           'flag_selection', 'choose_rates', 'average_diversity', 'diversity_table', 'measured_units', 'check_readouts',
+           'readouts_table', 'check_flips', 'flips_table', 'sweep_places', 'sweep_table', 'count_pairs', 'show_pairs']
 
 # %% ../nbs/api/13_tables.ipynb #09c18659
 import re
@@ -167,30 +168,84 @@ def show_table(
     name:str, # the table's id in the page: always the same, so that a rerun changes nothing
     note:str='', # a line below it
     best:tuple=(), # see `formatted`
+    anchors:bool=False, # give every row an id, `name-0`, `name-1`, ..., that a link can lead to
 )->Shown:
     "Show a table in a notebook, intervals folded, everything escaped."
     text = formatted(table, best)
-    row = lambda tag, cells: '<tr>' + ''.join(_html_cell(tag, c) for c in cells) + '</tr>'
-    body = ''.join(row('td', r) for r in text.itertuples(index=False))
+    row = lambda tag, cells, at='': f'<tr{at}>' + ''.join(_html_cell(tag, c) for c in cells) + '</tr>'
+    at = [f' id="{escape(name)}-{i}"' if anchors else '' for i in range(len(text))]
+    body = ''.join(row('td', r, a) for r, a in zip(text.itertuples(index=False), at))
     foot = f'<p style="font-size:85%;opacity:.75">{escape(note)}</p>' if note else ''
     html = f'<table id="{escape(name)}"><thead>{row("th", text.columns)}</thead><tbody>{body}</tbody></table>{foot}'
     plain = text.map(printable).to_string(index=False) + (f'\n{printable(note)}' if note else '')
     return Shown(f'<div style="overflow-x:auto">{html}</div>', plain)
 
+# %% ../nbs/api/13_tables.ipynb #5e0c1b01
+def folded(
+    title:str, # what stands there until somebody opens it
+    *shown:Shown, # what is inside, one below the other
+)->Shown:
+    "Fold away what few readers look for; a terminal shows it."
+    inner = ''.join(s.html for s in shown)
+    return Shown(f'<details><summary>{escape(title)}</summary>{inner}</details>',
+                 '\n\n'.join([printable(title), *(s.text for s in shown)]))
+
+def show_short(
+    table:pd.DataFrame, # numbers and texts
+    name:str, # as for `show_table`
+    columns:list, # those that matter, in the order of the table; with their intervals
+    note:str='', # a line below it
+    best:tuple=(), # see `formatted`
+    anchors:bool=False, # as for `show_table`
+)->Shown:
+    "Show the columns that matter, and fold the whole table away below them."
+    owner,last = {},None
+    for c in map(str, table.columns):
+        end = c.rpartition('_')[2] if c not in ('low', 'high') else c
+        last = c if end not in ('low', 'high') else last
+        owner[c] = last if c in ('low', 'high') else c.removesuffix('_low').removesuffix('_high')
+    few = table[[c for c in table.columns if owner[str(c)] in columns]]
+    first = show_table(few, name, note, best, anchors)
+    every = folded(f'all {len(formatted(table[:1]).columns)} columns', show_table(table, f'{name}-all', '', best))
+    return Shown(first.html + every.html, first.text)
+
 # %% ../nbs/api/13_tables.ipynb #afe4b304
+_latex_marks = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '−': '$-$', '–': '--',
+                '<': r'\textless{}', '>': r'\textgreater{}', **{c: f'\\{c}' for c in '&%$#_{}'}}
+
+def _latex_cell(value):
+    "A cell as LaTeX text, bold where `formatted` says so."
+    bold = _bold.fullmatch(str(value))
+    text = ''.join(_latex_marks.get(c, c) for c in printable(bold[1] if bold else value))
+    return rf'\textbf{{{text}}}' if bold else text
+
+def latex(
+    table:pd.DataFrame, # of strings, as from `formatted`
+    note:str='', # a comment above it
+)->str: # for a paper: booktabs
+    "Write a table of strings as LaTeX."
+    look = table.set_axis(map(_latex_cell, table.columns), axis=1).map(_latex_cell).style.hide(axis='index')
+    head = ''.join(f'% {line}\n' for line in textwrap.wrap(printable(note), 110))
+    return head + look.to_latex(hrules=True)
+
 def save_table(
     table:pd.DataFrame, # numbers and texts
     folder, # where to
     name:str, # file name without ending
-    note:str='', # a line below the Markdown
+    note:str='', # a line below it
     best:tuple=(), # see `formatted`
-)->list: # the files: CSV with all digits, Markdown as a person reads it
-    "Write a table as CSV and Markdown."
-    folder = Path(folder)
+    formats:tuple=('csv', 'md'), # CSV with all digits, Markdown as a person reads it, and 'tex' for a paper
+)->list: # the files
+    "Write a table."
+    folder,text = Path(folder),formatted(table, best)
+    write = dict(csv=lambda: table.to_csv(index=False, float_format='%.10g', lineterminator='\n'),
+                 md=lambda: markdown(text, note), tex=lambda: latex(text, note))
+    unknown = [kind for kind in formats if kind not in write]
+    if unknown: raise ValueError(f'a table is written as csv, md or tex, not {unknown[0]!r}')
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder/f'{name}.csv', index=False, float_format='%.10g', lineterminator='\n')
-    (folder/f'{name}.md').write_text(markdown(formatted(table, best), note), encoding='utf-8')
-    return [folder/f'{name}.csv',folder/f'{name}.md']
+    files = {folder/f'{name}.{kind}': write[kind]() for kind in formats}
+    for file, said in files.items(): file.write_text(said, encoding='utf-8', newline='')
+    return [*files]
 
 # %% ../nbs/api/13_tables.ipynb #79737476
 def _check(table, name, columns, keys):
@@ -325,6 +380,104 @@ def claims_table(
     reasons = {c['claim']: c.get('untestable', '') for c in claims}
     table['verdict'] = table.claim.map({claim: _verdicts(own, reasons[claim]) for claim, own in table.groupby('claim')})
     return table.drop(columns=['why', 'p', 'greedy_p'] if table.greedy.notna().any() else ['why', 'p', *_greedy])
+
+# %% ../nbs/api/13_tables.ipynb #5e0c1b07
+def _listed(texts): return ' and '.join(filter(None, [', '.join(texts[:-1]), texts[-1]]))
+
+def _called(arm):
+    "An arm's label, in quotation marks where a sentence would take its comma for one of its own."
+    return f'“{arm_label(arm)}”' if ',' in arm_label(arm) else arm_label(arm)
+
+def compared_in_words(
+    comparisons:pd.DataFrame, # of `comparisons_table`
+    metric:str='sampled', # or 'greedy'
+)->str: # a sentence without its end; '' where nothing was asked
+    "What comparisons say."
+    value,head = ('difference', '') if metric == 'sampled' else ('greedy', 'greedy_')
+    asked = comparisons.dropna(subset=value) if value in comparisons else comparisons[:0]
+    if asked.empty: return ''
+    ends = {f'{head}low': 'low', f'{head}high': 'high', value: 'difference'}
+    numbers,said = formatted(asked[[value, f'{head}low', f'{head}high']].rename(columns=ends))['difference'],{}
+    for row, figure, p in zip(asked.itertuples(), numbers, asked[f'{head}p_holm']):
+        how = 'cannot be told from' if not p < .05 else 'is above' if getattr(row, value) > 0 else 'is below'
+        said.setdefault(_called(row.a), {}).setdefault(how, []).append(f'{_called(row.b)} ({figure})')
+    clauses = [f'{a} ' + '; it '.join(f'{how} {_listed(others)}' for how, others in ways.items())
+               for a, ways in said.items()]
+    return '; '.join(clauses)
+
+def _by_metric(verdict):
+    "A claim's verdict, and that by greedy answers where it is another: ('holds', 'undecided')."
+    short = verdict.partition(':')[0]
+    sampled,_,greedy = short.partition(' sampled, ')
+    return sampled,greedy.removesuffix(' greedy') or sampled
+
+_verbs = {'holds': ('holds', 'hold'), 'fails': ('fails', 'fail'), 'undecided': ('is undecided', 'are undecided'),
+          'not testable here': ('cannot be tested here',)*2} # verdict: of one claim, of several
+
+def claims_in_words(
+    claims:pd.DataFrame, # of `claims_table`
+)->str: # a sentence without its end; '' for none
+    "How many of a paper's claims hold."
+    each = [_by_metric(v) for v in claims.drop_duplicates('claim').verdict]
+    if not each: return ''
+    count = {v: [s for s, _ in each].count(v) for v in _verbs}
+    said = _listed([f'{n} {_verbs[v][n > 1]}' for v, n in count.items() if n])
+    other = sum(s != g for s, g in each)
+    greedy = f'; when they are greedy the verdict on {other} of them is another' if other else ''
+    return f'Of {len(each)} claims looked at here, {said} when answers are sampled{greedy}'
+
+def show_verdict(
+    comparisons:pd.DataFrame, # of `comparisons_table`; without rows if nothing was compared
+    claims:pd.DataFrame, # of `claims_table`; without rows if there are none
+)->Shown:
+    "The verdict of a run in three sentences."
+    sampled,greedy = (compared_in_words(comparisons, metric) for metric in ('sampled', 'greedy'))
+    found = [f'When answers are sampled, {sampled}' if sampled else '',
+             f'When they are greedy, {greedy}' if greedy else '', claims_in_words(claims)]
+    if not any(found): return Shown('<p>Nothing was compared.</p>', 'Nothing was compared.')
+    scope,said = _scope(comparisons),[f'{s}.' for s in found if s]
+    items = ''.join(f'<li>{escape(s)}</li>' for s in said)
+    foot = f'<p style="font-size:85%;opacity:.75">{escape(scope)}</p>' if scope else ''
+    return Shown(f'<ul>{items}</ul>{foot}', '\n'.join(filter(None, [*map(printable, said), scope])))
+
+def _scope(comparisons):
+    if comparisons.empty: return ''
+    p = comparisons.problems.max()
+    return f'Differences in accuracy, 95 % intervals over {p} problems, {comparisons.scope.iloc[0]}; Holm-corrected.' 
+
+# %% ../nbs/api/13_tables.ipynb #5e0c1b0b
+def main_claims(
+    claims:pd.DataFrame, # of `claims_table`
+    primary:list=(), # (a, b): the primary comparisons
+    most:int=5, # rows at most
+)->pd.DataFrame: # `row` in `claims`, `claim, verdict, a, b, difference` and perhaps `greedy` with intervals
+    "The claims that the primary comparisons are about, each with the test that is least in its favour."
+    bare = lambda arm: str(arm).partition('@')[0]
+    named = {(bare(a), bare(b)) for a, b in primary}
+    about = [(bare(a), bare(b)) in named for a, b in zip(claims.a, claims.b)]
+    asked = claims[claims.claim.isin(claims.claim[about])] if any(about) else claims
+    worst = [own.difference.idxmin() if own.difference.notna().any() else own.index[0]
+             for _, own in asked.groupby('claim', sort=False)][:most]
+    columns = ['claim', 'verdict', 'a', 'b', 'difference', 'low', 'high', 'greedy', 'greedy_low', 'greedy_high']
+    table = claims.reset_index(drop=True).rename_axis('row').reset_index().set_index(claims.index).loc[worst]
+    return table[['row', *(c for c in columns if c in claims)]].reset_index(drop=True)
+
+def show_main_claims(
+    claims:pd.DataFrame, # of `claims_table`
+    primary:list=(), # as for `main_claims`
+    table:str='claims', # the id of the table with all of them, shown with `anchors`
+)->Shown:
+    "The main claims, each with a link to its row in the table of all."
+    main = main_claims(claims, primary)
+    text = formatted(main.drop(columns='row'))
+    text = text.assign(test=text.a + ' against ' + text.b).rename(columns=dict(difference='sampled'))
+    text = text[[c for c in ('claim', 'verdict', 'test', 'sampled', 'greedy') if c in text]]
+    link = lambda i: f'<td style="white-space:nowrap"><a href="#{escape(table)}-{i}">row {i + 1}</a></td>'
+    head = '<tr>' + ''.join(_html_cell('th', c) for c in text.columns) + '<th></th></tr>'
+    body = ''.join('<tr>' + ''.join(_html_cell('td', c) for c in r) + link(i) + '</tr>'
+                   for r, i in zip(text.itertuples(index=False), main.row))
+    html = f'<table id="main-{escape(table)}"><thead>{head}</thead><tbody>{body}</tbody></table>'
+    return Shown(f'<div style="overflow-x:auto">{html}</div>', text.map(printable).to_string(index=False))
 
 # %% ../nbs/api/13_tables.ipynb #0d262369
 def untrained_arms(

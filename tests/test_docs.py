@@ -11,7 +11,8 @@ import docs
 from conftest import REPO, copied, once
 from warm import Warm
 
-LOOKED_AT = ['index', 'papers/mars_po', 'api/report', 'tutorials/from_one_problem']
+LOOKED_AT = ['index', 'papers/mars_po', 'papers/malt', 'api/tables', 'figures/index', 'tutorials/from_one_problem']
+BESIDE = ['CONTRIBUTING.html', 'CHANGELOG.html', 'figures/'] # files that pages lead to, without a place in the sidebar
 WIDE = '''(() => {
     document.querySelectorAll('details').forEach(e => e.open = true);
     const box = e => /auto|scroll/.test(getComputedStyle(e).overflowX);
@@ -76,7 +77,8 @@ def test_what_few_readers_look_for_is_folded(site):
     folded = lambda page: re.findall(r'<summary>([^<]+)</summary>', (site/page).read_text())
     api, paper = folded('api/pairs.html'), folded('papers/mars_po.html')
     assert 'Source of Selection' in api and 'Errors' in api
-    assert paper.count('Parameters') == 1 and {*paper} == {'Parameters', 'Code'}
+    assert paper.count('Parameters') == 1 and {'Code', 'The arms'} < {*paper}
+    assert sum(title.startswith('all ') for title in paper) >= 3, 'the columns of long tables'
     assert 'Imports' in folded('api/methods.html')
     assert not {'Errors', 'Code', 'Imports'} & {*folded('tutorials/from_one_problem.html')}
 
@@ -88,6 +90,21 @@ def test_nothing_is_cut_off_and_nothing_comes_from_elsewhere(site, tab, width):
         assert tab.run('document.documentElement.scrollWidth') <= width and tab.run(WIDE) == [], page
         assert not tab.run(NAMELESS), f'{page}: figures without a text for those who cannot see them'
         assert tab.asked and not [a for a in tab.asked if not a.startswith(('file:', 'data:'))], page
+
+
+@pytest.mark.parametrize('paper', ['mars_po', 'multiagent_ft', 'malt'])
+def test_a_paper_says_its_verdict_first(site, tab, paper):
+    "In the first two screens: the figure of the method, the sentences, the main claims with links to their rows."
+    tab.show(site/'papers'/f'{paper}.html', 1400)
+    assert tab.run("document.querySelector('#verdict').getBoundingClientRect().top") < 1100
+    assert tab.run("document.querySelector('#main-claims').getBoundingClientRect().bottom") < 1800
+    assert tab.run("document.querySelector('main img').getBoundingClientRect().top") < 700
+    links = tab.run("[...document.querySelectorAll('#main-claims a')].map(a => a.getAttribute('href'))")
+    rows = tab.run("[...document.querySelectorAll('#claims tbody tr')].map(r => '#' + r.id)")
+    assert 3 <= len(links) <= 5 and {*links} <= {*rows}
+    seen = """[...document.querySelectorAll('#results th')].filter(th => th.getBoundingClientRect().right <= innerWidth)
+              .map(th => th.textContent)"""
+    assert tab.run(seen)[:2] == ['arm', 'team'], 'the column that matters is in sight'
 
 
 def test_dark_mode_changes_the_page(site, tab):
@@ -105,7 +122,7 @@ def test_next_and_previous_walk_through_all_pages(site, tab):
     tab.show(after := follow('next'), 1400)
     assert after.endswith('tutorials/from_one_problem.html') and follow('previous').endswith('/index.html')
     ways = {p: re.findall(r'nav-page-(?:previous|next)"><a', p.read_text()) for p in site.rglob('*.html')}
-    walked = [p for p in ways if p.stem != 'CONTRIBUTING']
+    walked = [p for p in ways if not str(p.relative_to(site)).startswith(tuple(BESIDE))]
     assert sorted(len(ways[p]) for p in walked) == [1, 1] + [2]*(len(walked) - 2)
 
 
@@ -158,6 +175,19 @@ def test_a_figure_is_described_by_what_draws_it_or_by_the_prose(monkeypatch):
              new_markdown_cell('## Cost'), new_code_cell(other)]
     described = [docs.alternative(cells, place) for place in (1, 2, 4)]
     assert described == [f'Results: {own}', 'Results: What each arm reached:', f'Cost: {own}']
+
+
+def test_a_file_that_a_page_leads_to_comes_with_what_it_leads_to(tmp_path):
+    notes = 'See ![one](b/one.png), [two](../nbs/api/02_agents.ipynb), [x](https://x.org), [h](#h).'
+    for file, text in {'a/NOTES.md': notes, 'a/b/one.png': 'one', 'c/README.md': '[notes](../a/NOTES.md)'}.items():
+        (tmp_path/'repo'/file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'repo'/file).write_text(text)
+    project = tmp_path/'project'
+    assert docs.brought('/c/README.md#x', tmp_path/'repo', project) == '/c/index.md#x'
+    assert (project/'c'/'index.md').read_text() == '[notes](/a/NOTES.md)'
+    assert (project/'a'/'b'/'one.png').read_text() == 'one'
+    said = 'See ![one](/a/b/one.png), [two](/api/agents.ipynb), [x](https://x.org), [h](#h).'
+    assert (project/'a'/'NOTES.md').read_text() == said
 
 
 def test_a_page_that_lacks_something_is_named(tmp_path):

@@ -11,12 +11,13 @@ from matplotlib.text import Text as Words
 from conftest import REPO
 from mapo import cli
 from mapo.cli import main, notebooks
-from mapo.figures import (figure_style, plot_accuracy, plot_agents, plot_arms, plot_cost, plot_diversity, plot_flips,
-                          plot_rates, plot_readouts, plot_sweep, plot_training, save_figure)
+from mapo.figures import (boxes_of_pairs, figure_style, plot_accuracy, plot_agents, plot_arms, plot_cost,
+                          plot_diversity, plot_flips, plot_group, plot_method, plot_rates, plot_readouts, plot_sweep,
+                          plot_training, save_figure)
 from mapo.malt import MALT
 from mapo.mars_po import MARS_PO
 from mapo.multiagent_ft import MULTIAGENT_FT
-from mapo.record import figure_arms
+from mapo.record import figure_arms, method_boxes
 from mapo.tables import base_arms, diversity_table, flips_table, readouts_table, sweep_table
 from warm import Warm
 from written import (costs, debates, everything, figures, hostile, rows, team,  # noqa: F401 fixtures among them
@@ -114,7 +115,7 @@ def test_edges_draw(rows, tmp_path):
 def test_seventeen_arms_are_drawn_without_overlap(everything):
     rows = everything['rows']
     drawn = figure_arms(rows, figures(MARS_PO, rows))
-    shown = ([plot_accuracy(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same')]
+    shown = ([plot_group(rows[rows.arm.isin(drawn[name])]) for name in ('accuracy', 'ablations', 'same', 'agents')]
              + [plot_cost(rows, everything['costs']), plot_training(everything['training'], '', drawn['training']),
                 plot_rates(everything['rates'])])
     for figure in shown: apart(figure)
@@ -150,10 +151,10 @@ def test_an_arm_measured_late_has_no_line_to_the_start():
 
 def test_figures_of_debates_and_trees_are_drawn_without_overlap(debates, trees):
     rows = debates['rows']
-    begin, drawn = base_arms(rows), figure_arms(rows, figures(MULTIAGENT_FT, rows))
-    shown = [plot_accuracy(rows[rows.arm.isin(drawn[name])])
+    drawn = figure_arms(rows, figures(MULTIAGENT_FT, rows))
+    shown = [plot_group(rows[rows.arm.isin(drawn[name])])
              for name in ('accuracy', 'ablations', 'seats', 'preferences', 'controls', 'lessons')]
-    shown += [plot_diversity(debates['diversity'], 'run', drawn['diversity'], begin),
+    shown += [plot_diversity(debates['diversity'], 'run', drawn['diversity']),
               plot_readouts(debates['readouts'], 'run')]
     shown += [plot_diversity(debates['diversity'].query(f"measure == '{m}'"), 'run', drawn['diversity'])
               for m in ('consensus', 'kl')]
@@ -201,11 +202,46 @@ def test_names_are_drawn_as_they_are(debates, trees):
     assert any('x^2' in t.get_text() for t in figures[0].findobj(Words))
 
 
-def test_bars_of_flips_fill_their_rows(trees):
-    lost = trees['flips'][trees['flips'].flip
-                          != 'right to wrong'].assign(share=lambda t: t.share.where(t.flip != 'wrong to wrong', .4))
-    bars = plot_flips(lost).axes[0].patches
-    assert np.isclose(sum(b.get_width() for b in bars), lost.arm.nunique())
+def test_every_flip_has_its_interval(trees):
+    panels = plot_flips(trees['flips'], shown=['malt']).axes
+    drawn = [[tuple(segment[:, 0]) for bars in axes.collections for segment in bars.get_segments()] for axes in panels]
+    own = trees['flips'][trees['flips'].arm == 'malt'].set_index('flip')
+    ends = lambda flip: (own.low[flip], own.high[flip])
+    assert np.allclose(drawn[0], [ends('wrong to right'), ends('right to wrong')])
+    assert np.allclose(drawn[1], [ends('right to right'), ends('wrong to wrong')])
+
+
+def test_leaders_to_names_do_not_cross(debates):
+    "Each runs level to one place, and from there in the order of the names."
+    rows = debates['rows'][debates['rows'].arm.isin(['base', 'debate', 'star', 'majority_ft', 'multiagent_ft'])]
+    axes = plot_accuracy(rows, base=base_arms(rows, dict(bases=dict(multiagent_ft='debate')))).axes[0]
+    edge = axes.get_xlim()[1]
+    leaders = [line.get_xydata()[-2:] for line in axes.lines if len(line.get_xydata()) > 1 and np.isclose(
+        line.get_xdata()[-1], edge)]
+    assert len(leaders) == 5 and len({round(start[0], 9) for start, _ in leaders}) == 1
+    begin, end = ([leader[k][1] for leader in leaders] for k in (0, 1))
+    assert [*np.argsort(begin)] == [*np.argsort(end)]
+
+
+def test_a_method_is_drawn_whatever_its_texts_say():
+    "Every box lies in the figure, and no text of a model is read as a formula."
+    say = lambda text: [dict(role='user', content=text)]
+    pairs = pd.DataFrame([dict(prompt=say(text*20), chosen=say(text*40), rejected=say('$' + text), problem_id='p',
+                               agent=f'a{i}', chosen_agent='ann', rejected_agent=f'a{i}') for i, text in enumerate(hostile)])
+    figure = plot_method(boxes_of_pairs(pairs), 'run')
+    with figure_style(): found = texts(figure)
+    for text, box in found:
+        assert box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1, text
+        assert text.replace('\\$', '').count('$') == 0 and not {*'\x1b\x00\u202e'} & {*text}
+    for record in PAPERS: # texts stay inside their boxes
+        boxes = method_boxes(REPO/'figures'/'record'/record)
+        if boxes is None: continue
+        figure = plot_method(boxes, 'run')
+        with figure_style(): words = texts(figure)
+        patches = [p.get_window_extent() for p in figure.axes[0].patches]
+        for text, box in words:
+            own = [p for p in patches if p.x0 <= box.x0 <= p.x1 and p.y0 <= (box.y0 + box.y1)/2 <= p.y1]
+            assert all(box.x1 <= p.x1 + 1 and box.y0 >= p.y0 - 1 for p in own), text
 
 
 def test_swept_words_stand_side_by_side(trees):
@@ -213,4 +249,5 @@ def test_swept_words_stand_side_by_side(trees):
                           for v in ('a', 'b', 'c')])
     first, second = plot_sweep(pd.concat([words,
                                           trees['sweep'].query("setting == 'threshold'").astype(dict(value=str))])).axes
-    assert [t.get_text() for t in first.get_xticklabels()] == ['a', 'b', 'c'] and [*second.get_xticks()] == [.3, .5, .7]
+    said = [[t.get_text() for t in axes.get_yticklabels()] for axes in (first, second)]
+    assert said == [['a', 'b', 'c'], ['0.3', '0.5', '0.7']]

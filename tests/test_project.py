@@ -104,6 +104,37 @@ def test_readme_is_the_index_notebook():
     assert (REPO/'README.md').read_text() == readme(REPO/'nbs'/'index.ipynb'), 'run `make docs` and commit README.md'
 
 
+def test_readme_is_short_and_its_results_are_those_of_the_record():
+    "Every difference that its sentences name stands in a committed table of comparisons or claims."
+    text = (REPO/'README.md').read_text()
+    assert len(text.splitlines()) < 150
+    results = text.partition('## Results')[2].partition('## How')[0]
+    prose = [line for line in results.splitlines() if line[:1] not in '|!']
+    named = set(re.findall(r'[−.\d]+ \[[−.\d]+, [−.\d]+\]', '\n'.join(prose)))
+    tables = ''.join(p.read_text() for p in (REPO/'figures').glob('*/c[ol]*s.md'))
+    assert named and not [n for n in named if n not in tables]
+
+
+def test_papers_pages_hold_no_number_of_a_run():
+    "A repeated run cannot make their prose wrong: what they say of results is written by code."
+    for name in ('mars_po', 'multiagent_ft', 'malt'):
+        for cell in read(Path('nbs')/'papers'/f'{name}.ipynb').cells:
+            found = re.search(r'(?<![\w.])[−-]?\.\d\d\d?\b|\[[−.\d]+, [−.\d]+\]', cell.source)
+            assert cell.cell_type != 'markdown' or not found, f'{name}, cell {cell.id}: {found[0]}'
+
+
+def test_citation_and_workflow_say_what_the_project_says():
+    import yaml
+    cited = yaml.safe_load((REPO/'CITATION.cff').read_text())
+    assert cited['version'] == re.search(r'^version = (.+)', (REPO/'settings.ini').read_text(), re.M)[1]
+    papers = re.findall(r'https://arxiv[^)]+', (REPO/'README.md').read_text())
+    assert {r['url'] for r in cited['references']} <= {*papers}
+    steps = yaml.safe_load((REPO/'.github'/'workflows'/'ci.yml').read_text())['jobs']['test']['steps']
+    assert [s['run'] for s in steps if 'run' in s] == ['.ci/run']
+    for form in (REPO/'.github'/'ISSUE_TEMPLATE').glob('*.yml'):
+        assert {'name', 'description', 'body'} <= yaml.safe_load(form.read_text()).keys(), form.name
+
+
 def numbers():
     "Module -> the number of its notebook."
     return {m[1]: p.stem.split('_')[0] for p in NOTEBOOKS if p.parent.name == 'api'

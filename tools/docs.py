@@ -60,6 +60,7 @@ def readme(
     from traitlets.config import Config
     silent = Config(TagRemovePreprocessor={'enabled': True, 'remove_input_tags': {'silent'}})
     nb = readers_view(nbformat.read(notebook, as_version=4))
+    nb.metadata['language_info'] = dict(name='python') # nbdev_clean takes it away; code is coloured by it
     text, _ = MarkdownExporter(config=silent).from_notebook_node(nb)
     return re.sub(r'\n{3,}', '\n\n', relink(text, lambda link: moved(link, notebook.parent.name))).strip() + '\n'
 
@@ -256,13 +257,31 @@ def brought(
     link:str, # a path from the root of the site, or a link to elsewhere
     root:Path, # the repository
     project:Path, # the processed project
-)->str: # the link
-    "Copy the file of the repository that a link leads to, where the project does not have it."
-    file = link.partition('#')[0].lstrip('/')
-    if link.startswith('/') and (root/file).is_file() and not (project/file).exists():
-        (project/file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root/file, project/file)
-    return link
+)->str: # the link; a README, which is no page of a site, is its folder's index there
+    "Copy the file of the repository that a link leads to, and what that leads to, where the project does not have it."
+    path, hash, fragment = link.partition('#')
+    file = path.lstrip('/')
+    if not link.startswith('/') or not (root/file).is_file(): return link
+    there = re.sub(r'README\.md$', 'index.md', file)
+    if not (project/there).exists():
+        (project/there).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/file, project/there)
+        if file.endswith('.md'): bring_links(file, project/there, root, project)
+    return f'/{there}{hash}{fragment}'
+
+
+def bring_links(
+    file:str, # a Markdown file of the repository
+    copy:Path, # the project's, which is changed
+    root:Path, # the repository
+    project:Path, # the processed project
+):
+    "Bring what a Markdown file leads to; a link to a notebook leads to its page."
+    def change(link):
+        path = moved(link, posixpath.dirname(file))
+        if path == link and (urlsplit(link).scheme or link.startswith(('#', '/'))): return link
+        return brought(site_link(path, '', '//'), root, project)
+    copy.write_text(relink(copy.read_text(), change))
 
 
 def prose(
