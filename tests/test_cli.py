@@ -24,7 +24,7 @@ SIZE = ['--preset', 'smoke', '-p', 'n_train=12', '-p', 'n_dev=6', '-p', 'n_test=
 
 
 @pytest.mark.parametrize('words,sentence', [
-    ('mars_po --preset huge', "mars_po has no preset 'huge': there are smoke, tiny, small, paper"),
+    ('mars_po --preset huge', "mars_po has no preset 'huge': there are smoke, tiny, tiny_routes, small, paper"),
     ('mars_po --arms base,star', "mars_po has no arm 'star'"),
     ('malt --split train', "malt: split must be 'dev' or 'test', not 'train'"),
     ('multiagent_ft --seeds 0 0', 'multiagent_ft: seeds must be distinct whole numbers'),

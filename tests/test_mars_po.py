@@ -183,5 +183,5 @@ def test_the_command_refuses_an_unknown_preset_before_anything_is_computed(tmp_p
                          capture_output=True, text=True, env=os.environ | dict(MAPO_RUNS=str(tmp_path)))
     assert out.returncode == 1
     assert (out.stderr.strip().splitlines()[-1]
-            == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, small, paper")
+            == "mapo run: mars_po has no preset 'huge': there are smoke, tiny, tiny_routes, small, paper")
     assert not list(tmp_path.rglob('*.parquet')) and not list(tmp_path.rglob('manifest.json'))
