@@ -637,7 +637,8 @@ def boxes_of_pairs(
     rows += [dict(box=' '.join(key), column='everybody answers alone', title=key[0], text=_short(said[key]),
                   grade=key[1], sees=['problem']) for key in sorted(said)]
     rows += [dict(box=f'{p.agent} learns', column='a pair for each that was wrong', title=f'{p.agent} learns',
-                  lesson=True, text=f'to say what {p.chosen_agent} said, and not its own answer', chosen=[f'{p.chosen_agent} right'],
+                  lesson=True, text=f'to say what {p.chosen_agent} said, and not its own answer',
+                  chosen=[f'{p.chosen_agent} right'],
                   rejected=[f'{p.rejected_agent} wrong']) for p in own.sort_values('agent').itertuples()]
     return _boxes(rows)
 

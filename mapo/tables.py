@@ -468,6 +468,7 @@ def show_main_claims(
     table:str='claims', # the id of the table with all of them, shown with `anchors`
 )->Shown:
     "The main claims, each with a link to its row in the table of all."
+    if claims.empty: return Shown('<p>No claim was tested.</p>', 'No claim was tested.')
     main = main_claims(claims, primary)
     text = formatted(main.drop(columns='row'))
     text = text.assign(test=text.a + ' against ' + text.b).rename(columns=dict(difference='sampled'))

@@ -227,7 +227,8 @@ def test_a_method_is_drawn_whatever_its_texts_say():
     "Every box lies in the figure, and no text of a model is read as a formula."
     say = lambda text: [dict(role='user', content=text)]
     pairs = pd.DataFrame([dict(prompt=say(text*20), chosen=say(text*40), rejected=say('$' + text), problem_id='p',
-                               agent=f'a{i}', chosen_agent='ann', rejected_agent=f'a{i}') for i, text in enumerate(hostile)])
+                               agent=f'a{i}', chosen_agent='ann', rejected_agent=f'a{i}')
+                          for i, text in enumerate(hostile)])
     figure = plot_method(boxes_of_pairs(pairs), 'run')
     with figure_style(): found = texts(figure)
     for text, box in found:
