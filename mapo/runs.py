@@ -803,8 +803,12 @@ def disk_bytes(
     folder:Path, # of a run
 )->int:
     "What a run takes on disk."
-    folders = [folder, *(folder.parent/'artifacts'/name for name in kept_stages(folder))]
-    return sum(p.lstat().st_size for f in folders for p in f.rglob('*') if p.is_file())
+    return _bytes(folder) + sum(_stage_bytes(folder.parent/'artifacts'/name) for name in kept_stages(folder))
+
+def _bytes(folder): return sum(p.lstat().st_size for p in folder.rglob('*') if p.is_file())
+
+@lru_cache
+def _stage_bytes(folder): return _bytes(folder) # a finished stage does not change
 
 # %% ../nbs/api/12_runs.ipynb #b1f0c3a6
 def about_run(
