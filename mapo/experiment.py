@@ -623,12 +623,12 @@ def gathered(
 
 def training_curves(
     steps:list, # of `compute`
-)->pd.DataFrame|None: # `arm, iteration, step, chosen, rejected, margin`
-    "Log-probabilities and margin of DPO over the updates of all iterations, averaged over learners and seeds."
+)->pd.DataFrame|None: # `arm, seed, iteration, step, chosen, rejected, margin`
+    "Log-probabilities and margin of DPO over the updates of all iterations, averaged over learners."
     logs = gathered(steps, 'log', 'dpo').rename(columns=dict(chosen_logp='chosen', rejected_logp='rejected'))
     if logs.empty: return None
     logs['step'] += (logs['iteration']-1)*logs.groupby('arm')['step'].transform('max')
-    return logs.groupby(['arm', 'iteration', 'step'])[['chosen', 'rejected', 'margin']].mean().reset_index()
+    return logs.groupby(['arm', 'seed', 'iteration', 'step'])[['chosen', 'rejected', 'margin']].mean().reset_index()
 
 # %% ../nbs/api/19_experiment.ipynb #a89c04ef
 def manifest(

@@ -1224,7 +1224,8 @@ def assumptions(
                                        'micro_batch_size rows at once, or the whole batch where it is 0.']),
             f'Training is in float32 with AdamW ({TRAINED} bytes per trained parameter, {COPY} for the bfloat16 copy), '
             f'rows of at most {MAX_LENGTH:,} tokens; a LoRA adapter leaves its base '
-            'in the number format of sampling. Log-probabilities of the reference are computed before, once.',
+            'in the number format of sampling. Log-probabilities of a reference, and of who '
+            'sampled, are computed before, once.',
             'Trained weights are kept in float32. Texts, tables, and what the '
             'libraries themselves take are not counted. A GB is 10^9 bytes.']
 
