@@ -30,8 +30,8 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
                           GenerationConfig, LogitsProcessor,
                           LogitsProcessorList, StoppingCriteria, StoppingCriteriaList)
 
-from .agents import (BREAK, MARKS, THINK, TOKEN_BUDGET, Agent, Model, Sampling, any_of, broken, file_hash, fingerprint,
-                         model_folder, model_key)
+from .agents import (BREAK, MARKS, THINK, TOKEN_BUDGET, Agent, Model, Sampling, any_of, broken, file_hash,
+                         fingerprint, model_folder, model_key)
 
 # %% ../nbs/api/03_engines.ipynb #caff04e7
 @dataclass(frozen=True)

@@ -572,7 +572,8 @@ def inference(
 )->pd.DataFrame: # `arm, seed, iteration, calls, prompt_tokens, tokens, unread, unfinished, not_asked`
     "What one answer takes, and how many turns could not be used."
     answers = rows.groupby(['arm', 'seed', 'iteration']).n.sum()
-    return pd.DataFrame([step.at() | _per_answer(e.asked(step.arm.settings(s), step), answers[tuple(step.at().values())])
+    rest = lambda step: e.asked(step.arm.settings(s), step)
+    return pd.DataFrame([step.at() | _per_answer(rest(step), answers[tuple(step.at().values())])
                          | dict(not_asked=_not_asked(step)) for step in steps])
 
 def _per_answer(turns, answers): # means over answers; shares of turns
