@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .agents import Model, model_folder, printable
+from .agents import Model, file_hash, model_folder, printable
 from .evaluation import accuracy, last_iteration
 from .pairs import to_arrow
 from .plan import CONDITIONS
@@ -324,6 +324,7 @@ def _results(table):
 def data_card(
     passed:Passed,
     tables:dict, # configuration -> table
+    hashes:dict, # configuration -> hash of its file: `datasets` takes what has equal cards for equal data
 ): # a `huggingface_hub.DatasetCard`
     "What an arm learnt from, and how to read it."
     from huggingface_hub import DatasetCard, DatasetCardData
@@ -331,7 +332,8 @@ def data_card(
                                                     for name, t in tables.items()])
     data = DatasetCardData(pretty_name=f'{_experiment(passed)}, {passed.arm}', tags=['mapo', _experiment(passed)],
                            task_categories=['text-generation'], **licence_fields(licences),
-                           configs=[dict(config_name=name, data_files=f'{name}.parquet') for name in tables])
+                           configs=[dict(config_name=name, data_files=f'{name}.parquet', description=hashes[name])
+                                    for name in tables])
     use = f"from datasets import load_dataset\n\npairs = load_dataset('.', {[*tables][-1]!r}, split='train')"
     return _written(DatasetCard, data, [
         f'# What the agents of {printable(arm_label(passed.arm))} learnt from', _about(passed),
@@ -399,7 +401,8 @@ def _write_arm(target, passed, bases, hub):
     data = target/passed.arm/'data'
     data.mkdir(parents=True)
     for name, table in tables.items(): pq.write_table(to_arrow(table), data/f'{name}.parquet', compression='zstd')
-    data_card(passed, tables).save(data/'README.md')
+    hashes = {name: file_hash(data/f'{name}.parquet') for name in tables}
+    data_card(passed, tables, hashes).save(data/'README.md')
     yield Piece(f'{passed.arm}/data', 'data')
 
 # %% ../nbs/api/25_export.ipynb #84857290
