@@ -293,7 +293,7 @@ def plot_arms(
     table,still = accuracy(last_iteration(rows), by=('arm',), metric=metric).set_index('arm'),untrained_arms(rows)
     table = table.loc[in_order(rows.arm, [*still, *in_order(rows.arm)])]
     y = np.arange(len(table)) + .6*((np.arange(len(table)) >= len(still)) & (len(still) > 0))
-    way = accuracy(rows[rows.arm.isin(set(rows.arm) - set(still))], by=('arm', 'iteration'), metric=metric)
+    way = accuracy(rows, by=('arm', 'iteration'), metric=metric)
     way = way[way.iteration < way.groupby('arm').iteration.transform('max')]
     with drawing(4.8, .75 + .17*(y.max() + 1), _what(table), run) as figure:
         axes = figure.subplots()
