@@ -15,8 +15,8 @@ __all__ = ['CONFIGS', 'BYTES', 'DRAW', 'TRAINED', 'COPY', 'GPUS', 'USABLE', 'PRE
            'outline']
 
 # %% ../nbs/api/23_plan.ipynb #8441389a
-import difflib, inspect, json, math, re, textwrap, time
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import difflib, json, math, re, textwrap, time
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,6 @@ from .methods import LICENCES
 from .objectives import Objective
 from .tables import Shown, show_table
 from .tiny import RECIPES
-from .runs import Artifact
 
 # %% ../nbs/api/23_plan.ipynb #af229431
 @dataclass(frozen=True)
